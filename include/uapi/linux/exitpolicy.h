@@ -1,0 +1,174 @@
+/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
+/*
+ * The ioctl interface of /dev/exitpolicy.
+ *
+ * A policy belongs to a cgroup (v2) and has two sets of KVM exits: "disable",
+ * what every VM in the cgroup gets whether its VMM asked for it or not, and
+ * "allow", the most that any VM in the cgroup may get.  Sets are made of the
+ * KVM_X86_DISABLE_EXITS_* bits of <linux/kvm.h>.
+ *
+ * Rules that hold for every command:
+ *
+ *  - The argument points to a structure whose first member, @size, the caller
+ *    sets to sizeof() of the structure it was built with.  A caller that is
+ *    older than the module gets the members it knows; one that is newer works
+ *    as long as what the module does not know is zero.
+ *  - Unknown flags, unknown exits and reserved members that are not zero are
+ *    refused; nothing is changed when a command fails.
+ *  - Commands that change something need CAP_SYS_ADMIN in the initial user
+ *    namespace.  Opening the device is governed by its mode, 0600.
+ *
+ *   EINVAL  @size is too small, a flag or an exit is unknown, a reserved
+ *           member is not zero
+ *   E2BIG   @size is larger than the module knows and the rest is not zero
+ *   EBADF   @cgroup_fd is not open, is no directory of a cgroup file system,
+ *           or belongs to a cgroup v1 hierarchy
+ *   ENODEV  the cgroup is being removed
+ *   ENOENT  there is no such policy, no such VM, or no further one
+ *   EPERM   the caller lacks CAP_SYS_ADMIN in the initial user namespace
+ *   EFAULT  the argument cannot be read or written
+ *   ENOMEM  out of memory
+ *   ENOTTY  unknown command
+ */
+#ifndef _UAPI_LINUX_EXITPOLICY_H
+#define _UAPI_LINUX_EXITPOLICY_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+/* Free in Documentation/userspace-api/ioctl/ioctl-number.rst of Linux 7.3. */
+#define EXITPOLICY_IOC_MAGIC	0xBB
+
+#define EXITPOLICY_VENDOR_NONE	0	/* neither kvm-amd nor kvm-intel is in use */
+#define EXITPOLICY_VENDOR_SVM	1
+#define EXITPOLICY_VENDOR_VMX	2
+
+/**
+ * struct exitpolicy_info - argument of EXITPOLICY_GET_INFO
+ * @size: sizeof(struct exitpolicy_info)
+ * @flags: must be 0
+ * @vendor: out: EXITPOLICY_VENDOR_*
+ * @enabled: out: 1 if policies are applied to new VMs, 0 if not
+ * @supported: out: the exits that KVM can disable on this host; 0 without a
+ *	vendor
+ * @floor: out: the exits that KVM itself disables in every VM
+ * @missed: out: VMs or vCPUs that the module could not decide on or keep
+ *	track of, since it was loaded
+ * @clamps: out: decisions in which "allow" took something away that the VMM
+ *	had asked for, since the module was loaded
+ * @policies: out: number of policies
+ * @vms: out: number of VMs with a decision
+ */
+struct exitpolicy_info {
+	__u32 size;
+	__u32 flags;
+	__u32 vendor;
+	__u32 enabled;
+	__u64 supported;
+	__u64 floor;
+	__u64 missed;
+	__u64 clamps;
+	__u64 policies;
+	__u64 vms;
+};
+
+/**
+ * struct exitpolicy_enabled - argument of EXITPOLICY_SET_ENABLED
+ * @size: sizeof(struct exitpolicy_enabled)
+ * @flags: must be 0
+ * @enabled: in: 1 to apply policies to new VMs, 0 to leave them alone
+ * @reserved: must be 0
+ */
+struct exitpolicy_enabled {
+	__u32 size;
+	__u32 flags;
+	__u32 enabled;
+	__u32 reserved;
+};
+
+/* EXITPOLICY_SET_POLICY: which of the two sets to change. */
+#define EXITPOLICY_POLICY_DISABLE	(1 << 0)
+#define EXITPOLICY_POLICY_ALLOW		(1 << 1)
+
+/**
+ * struct exitpolicy_policy - argument of the EXITPOLICY_*_POLICY commands
+ * @size: sizeof(struct exitpolicy_policy)
+ * @flags: EXITPOLICY_SET_POLICY: EXITPOLICY_POLICY_*, at least one; the set
+ *	that is not named keeps its value, or is "none" (disable) and "all"
+ *	(allow) in a new policy.  All others: must be 0
+ * @cgroup_fd: in: a directory of the cgroup v2 file system (O_PATH will do).
+ *	EXITPOLICY_NEXT_POLICY: must be 0
+ * @reserved: must be 0
+ * @cgroup_id: EXITPOLICY_NEXT_POLICY: in: where to go on, 0 to begin; out:
+ *	the cgroup of the policy.  EXITPOLICY_RESOLVE_POLICY: out: the cgroup
+ *	that @disable was inherited from, 0 if from none.  SET, GET and CLEAR:
+ *	ignored on input; out: the id of the cgroup
+ * @disable: the exits that every VM gets
+ * @allow: the most that any VM may get
+ *
+ * A cgroup's id is what name_to_handle_at() says of its directory, as in
+ * bpf_get_current_cgroup_id().  Ids are never used twice.
+ */
+struct exitpolicy_policy {
+	__u32 size;
+	__u32 flags;
+	__s32 cgroup_fd;
+	__u32 reserved;
+	__u64 cgroup_id;
+	__u64 disable;
+	__u64 allow;
+};
+
+/**
+ * struct exitpolicy_vm - argument of EXITPOLICY_NEXT_VM and EXITPOLICY_GET_VM
+ * @size: sizeof(struct exitpolicy_vm)
+ * @flags: must be 0
+ * @id: EXITPOLICY_NEXT_VM: in: where to go on, 0 to begin; out: the VM's id.
+ *	EXITPOLICY_GET_VM: in: the VM's id.  Ids count up from 1 and are not
+ *	used twice while the module stays loaded
+ * @cgroup_id: out: the domain cgroup of the VMM when its VM was decided on
+ * @pid: out: the VMM's thread group id in the initial pid namespace
+ * @vcpus: out: number of vCPUs
+ * @floor: out: what KVM itself had disabled
+ * @requested: out: what the VMM asked for with KVM_CAP_X86_DISABLE_EXITS
+ * @effective: out: what the VM got
+ * @clamped: out: what the VMM asked for and "allow" took away
+ */
+struct exitpolicy_vm {
+	__u32 size;
+	__u32 flags;
+	__u64 id;
+	__u64 cgroup_id;
+	__u32 pid;
+	__u32 vcpus;
+	__u64 floor;
+	__u64 requested;
+	__u64 effective;
+	__u64 clamped;
+};
+
+/*
+ * The size is in the structure and not in the number, so that a structure may
+ * grow without a new command.
+ */
+
+/* Tell what the module found and does. */
+#define EXITPOLICY_GET_INFO		_IO(EXITPOLICY_IOC_MAGIC, 0x00)
+/* The master switch.  VMs that have their decision keep it. */
+#define EXITPOLICY_SET_ENABLED		_IO(EXITPOLICY_IOC_MAGIC, 0x01)
+/* Make or change the policy of a cgroup. */
+#define EXITPOLICY_SET_POLICY		_IO(EXITPOLICY_IOC_MAGIC, 0x10)
+/* Read the policy of this very cgroup; ENOENT if it has none. */
+#define EXITPOLICY_GET_POLICY		_IO(EXITPOLICY_IOC_MAGIC, 0x11)
+/* Remove the policy of this very cgroup; ENOENT if it has none. */
+#define EXITPOLICY_CLEAR_POLICY		_IO(EXITPOLICY_IOC_MAGIC, 0x12)
+/* The policy with the next higher cgroup id; ENOENT after the last. */
+#define EXITPOLICY_NEXT_POLICY		_IO(EXITPOLICY_IOC_MAGIC, 0x13)
+/* What a VM in this cgroup is subject to, inheritance included. */
+#define EXITPOLICY_RESOLVE_POLICY	_IO(EXITPOLICY_IOC_MAGIC, 0x14)
+/* The VM with the next higher id; ENOENT after the last. */
+#define EXITPOLICY_NEXT_VM		_IO(EXITPOLICY_IOC_MAGIC, 0x20)
+/* One VM by its id; ENOENT if it is gone. */
+#define EXITPOLICY_GET_VM		_IO(EXITPOLICY_IOC_MAGIC, 0x21)
+
+#endif /* _UAPI_LINUX_EXITPOLICY_H */
