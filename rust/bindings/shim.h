@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the kernel offers only as macros and inline functions, as functions.
+ * Each does what its name says and nothing else; the safe face of each is in
+ * rust/kernel_ext.
+ */
+#ifndef EXITPOLICY_SHIM_H
+#define EXITPOLICY_SHIM_H
+
+#include <linux/types.h>
+
+struct cgroup;
+struct exitpolicy_decision;
+struct file;
+struct ftrace_regs;
+struct lock_class_key;
+struct raw_spinlock;
+struct task_struct;
+struct tracepoint;
+struct work_struct;
+
+void exitpolicy_raw_spin_lock_init(struct raw_spinlock *lock, const char *name,
+				   struct lock_class_key *key);
+void exitpolicy_raw_spin_lock(struct raw_spinlock *lock);
+bool exitpolicy_raw_spin_trylock(struct raw_spinlock *lock);
+void exitpolicy_raw_spin_unlock(struct raw_spinlock *lock);
+void exitpolicy_raw_spin_assert_held(struct raw_spinlock *lock);
+
+unsigned long exitpolicy_ftrace_regs_argument(struct ftrace_regs *fregs,
+					      unsigned int n);
+
+/* Under rcu_read_lock(), which also bounds the use of the result. */
+struct cgroup *exitpolicy_task_domain_cgroup(struct task_struct *task);
+void exitpolicy_cgroup_get(struct cgroup *cgrp);
+void exitpolicy_cgroup_put(struct cgroup *cgrp);
+u64 exitpolicy_cgroup_id(const struct cgroup *cgrp);
+struct cgroup *exitpolicy_cgroup_parent(struct cgroup *cgrp);
+bool exitpolicy_cgroup_is_dead(const struct cgroup *cgrp);
+int exitpolicy_cgroup_path(struct cgroup *cgrp, char *buf, size_t size);
+
+const char *exitpolicy_tracepoint_name(const struct tracepoint *tp);
+void exitpolicy_tracepoint_synchronize(void);
+
+/* An indirect call, made here so that it carries C's CFI type. */
+long exitpolicy_file_ioctl(struct file *file, unsigned int cmd,
+			   unsigned long arg);
+
+struct exitpolicy_decision {
+	u64 vm;
+	u64 cgroup;
+	u32 pid;
+	u64 floor;
+	u64 requested;
+	u64 effective;
+	u64 clamped;
+};
+
+void exitpolicy_trace_decision(const struct exitpolicy_decision *decision);
+
+#endif /* EXITPOLICY_SHIM_H */

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Whether the KVM that runs is the one whose structures were compiled in.
+//!
+//! `vermagic` does not tell: two builds of the same version with other options have the same.
+//! The linker's build ids do, and the kernel shows those of loaded modules, and its own, in sysfs.
+
+use kernel::{
+    bindings,
+    prelude::*,
+    str::CString, //
+};
+
+include!(concat!(
+    env!("EXITPOLICY_BINDINGS"),
+    "/build_ids.rs"
+));
+
+/// `NT_GNU_BUILD_ID` of include/uapi/linux/elf.h.
+const NT_GNU_BUILD_ID: u32 = 3;
+
+/// Compares the build ids of those of KVM's images that are loaded. Says what differs, and fails
+/// with [`ENOEXEC`]. Process context, may sleep.
+pub(crate) fn check() -> Result {
+    for &(image, expected) in BUILD_IDS {
+        let path = if image == c"vmlinux" {
+            CString::try_from_fmt(fmt!("/sys/kernel/notes"))?
+        } else {
+            CString::try_from_fmt(fmt!("/sys/module/{}/notes/.note.gnu.build-id", image))?
+        };
+        let mut buffer = KVec::zeroed_page()?;
+        let notes = match read_file(&path, &mut buffer) {
+            Ok(notes) => notes,
+            // The other vendor's module.
+            Err(ENOENT) => continue,
+            Err(error) => {
+                pr_err!("cannot read {}: {:?}\n", &*path, error);
+                return Err(error);
+            }
+        };
+        let found = gnu_build_id(notes).unwrap_or(&[]);
+        if found != expected {
+            pr_err!(
+                "{} has build id {}, but this module was built for {}: \
+                 build it again for the running kernel\n",
+                image,
+                Hex(found),
+                Hex(expected)
+            );
+            return Err(ENOEXEC);
+        }
+    }
+    Ok(())
+}
+
+trait ZeroedPage: Sized {
+    fn zeroed_page() -> Result<Self>;
+}
+
+impl ZeroedPage for KVec<u8> {
+    fn zeroed_page() -> Result<Self> {
+        Ok(KVec::from_elem(0, kernel::page::PAGE_SIZE, GFP_KERNEL)?)
+    }
+}
+
+/// Reads a file, as seen from the initial mount namespace, into the buffer.
+fn read_file<'a>(path: &CStr, buffer: &'a mut [u8]) -> Result<&'a [u8]> {
+    let mut target = buffer.as_mut_ptr().cast::<c_void>();
+    // SAFETY: `path` ends in NUL, and `target` is valid for writes of the buffer's length; the
+    // kernel allocates nothing when it is given a buffer.
+    let read = unsafe {
+        bindings::kernel_read_file_from_path_initns(
+            path.as_char_ptr(),
+            0,
+            &mut target,
+            buffer.len(),
+            core::ptr::null_mut(),
+            bindings::kernel_read_file_id_READING_UNKNOWN,
+        )
+    };
+    if read < 0 {
+        return Err(Error::from_errno(read as c_int));
+    }
+    buffer.get(..read as usize).ok_or(EIO)
+}
+
+/// Finds the GNU build id among ELF notes.
+fn gnu_build_id(mut notes: &[u8]) -> Option<&[u8]> {
+    let word = |bytes: &[u8], at: usize| {
+        Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+    };
+    loop {
+        let name_size = word(notes, 0)? as usize;
+        let desc_size = word(notes, 4)? as usize;
+        let kind = word(notes, 8)?;
+        let desc_at = 12_usize.checked_add(name_size.checked_next_multiple_of(4)?)?;
+        let desc_end = desc_at.checked_add(desc_size)?;
+        if kind == NT_GNU_BUILD_ID && notes.get(12..12 + name_size)? == b"GNU\0" {
+            return notes.get(desc_at..desc_end);
+        }
+        notes = notes.get(desc_end.checked_next_multiple_of(4)?..)?;
+    }
+}
+
+struct Hex<'a>(&'a [u8]);
+
+impl kernel::fmt::Display for Hex<'_> {
+    fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("none");
+        }
+        self.0.iter().try_for_each(|byte| f.write_fmt(fmt!("{:02x}", byte)))
+    }
+}

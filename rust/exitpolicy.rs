@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Disables KVM exits per cgroup, by the host's administrator, for VMMs that know nothing of it.
+//!
+//! `Documentation/design.md` has the architecture. In short, from the outside in: `interface` is
+//! what is seen from outside, `admin` what an administrator can do, `engine` what happens to a VM,
+//! `hooks` where it happens, `host` and `vendor` which KVM it happens to; `policy` is the pure
+//! algebra, `store` and `vm` are what is remembered, and `kernel_ext` and `bindings` hold what is
+//! unsafe.
+
+mod admin;
+mod bindings;
+mod build_id;
+mod engine;
+mod hooks;
+mod host;
+mod interface;
+mod kernel_ext;
+mod kvm;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    reason = "user space compiles the same files, as a crate, and uses more of them"
+)]
+mod policy;
+mod store;
+mod vendor;
+mod vm;
+
+use admin::Admin;
+use engine::Engine;
+use host::{
+    Host,
+    HostEvents, //
+};
+use interface::{
+    chardev::Chardev,
+    sysfs::Sysfs, //
+};
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+use kernel_ext::{
+    cgroup::RemovalWatch,
+    module_notifier::ModuleNotifier, //
+};
+
+/// For the kernel's own formatting macros.
+impl kernel::fmt::Display for policy::Exits {
+    fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
+        core::fmt::Display::fmt(self, f)
+    }
+}
+
+module! {
+    type: ExitPolicy,
+    name: "kvm_exitpolicy",
+    authors: ["The exitpolicy developers"],
+    description: "KVM exits per cgroup, by the host's administrator",
+    license: "GPL",
+}
+
+/// The loaded module.
+///
+/// Field order is drop order. First nobody can give orders any more, then nothing happens any
+/// more, then nobody is at work; what a VM got stays with it.
+#[pin_data]
+struct ExitPolicy {
+    #[pin]
+    _chardev: Chardev,
+    _sysfs: Sysfs,
+    #[pin]
+    _notifier: ModuleNotifier<HostEvents>,
+    _host: Arc<Host>,
+    _watch: RemovalWatch<Admin>,
+    _settled: Settled,
+}
+
+/// Waits for the worker when it is dropped.
+struct Settled(Arc<Admin>);
+
+impl Drop for Settled {
+    fn drop(&mut self) {
+        self.0.settle();
+    }
+}
+
+impl kernel::InPlaceModule for ExitPolicy {
+    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        // What is made later is dropped earlier, also if something fails on the way.
+        pin_init::pin_init_scope(|| {
+            let engine = Arc::pin_init(Engine::new(), GFP_KERNEL)?;
+            let admin = Admin::new(engine)?;
+            let settled = Settled(admin.clone());
+            let watch = RemovalWatch::new(admin.clone())?;
+            let host = Arc::pin_init(Host::new(admin.clone()), GFP_KERNEL)?;
+            let sysfs = Sysfs::new(&admin)?;
+            host.attach()?;
+            Ok(try_pin_init!(Self {
+                _settled: settled,
+                _watch: watch,
+                _host: host.clone(),
+                _notifier <- ModuleNotifier::register(HostEvents(host.clone())),
+                _sysfs: sysfs,
+                _chardev <- Chardev::new(admin),
+            }))
+        })
+    }
+}

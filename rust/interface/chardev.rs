@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The ioctls of `/dev/exitpolicy`; the contract is `include/uapi/linux/exitpolicy.h`.
+
+use crate::{
+    admin::Admin,
+    bindings as uapi,
+    kernel_ext::{
+        capability::require_sys_admin,
+        cgroup::Cgroup, //
+    },
+    policy::Exits,
+    vm::Record, //
+};
+use core::mem::{
+    size_of,
+    MaybeUninit, //
+};
+use kernel::{
+    fs::File,
+    miscdevice::{
+        MiscDevice,
+        MiscDeviceOptions,
+        MiscDeviceRegistration, //
+    },
+    prelude::*,
+    sync::Arc,
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    },
+};
+
+/// The device. It can be opened until it is dropped.
+#[pin_data]
+pub(crate) struct Chardev {
+    admin: Arc<Admin>,
+    #[pin]
+    device: MiscDeviceRegistration<Session>,
+}
+
+impl Chardev {
+    /// Registers the device, with misc's default mode, 0600.
+    pub(crate) fn new(admin: Arc<Admin>) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            // First, because the device may be opened before its registration has returned.
+            admin,
+            device <- MiscDeviceRegistration::register(MiscDeviceOptions {
+                name: c"exitpolicy",
+            }),
+        })
+    }
+}
+
+/// The device as somebody has it open.
+struct Session {
+    admin: Arc<Admin>,
+}
+
+/// A structure of the uapi header.
+///
+/// # Safety
+///
+/// The type must be `repr(C)`, have no padding, be valid for every bit pattern, and begin with the
+/// `__u32` that the header calls `size`.
+unsafe trait Argument: Copy + Default {
+    /// The size that the first version of the structure had.
+    const OLDEST_SIZE: usize = size_of::<Self>();
+}
+
+// SAFETY: Integers only; bindgen's layout tests hold, and the assertions below.
+unsafe impl Argument for uapi::exitpolicy_info {}
+// SAFETY: As above.
+unsafe impl Argument for uapi::exitpolicy_enabled {}
+// SAFETY: As above.
+unsafe impl Argument for uapi::exitpolicy_policy {}
+// SAFETY: As above.
+unsafe impl Argument for uapi::exitpolicy_vm {}
+
+// The sums of the members' sizes: there is no padding.
+const _: () = {
+    assert!(size_of::<uapi::exitpolicy_info>() == 4 * 4 + 6 * 8);
+    assert!(size_of::<uapi::exitpolicy_enabled>() == 4 * 4);
+    assert!(size_of::<uapi::exitpolicy_policy>() == 4 * 4 + 3 * 8);
+    assert!(size_of::<uapi::exitpolicy_vm>() == 2 * 4 + 2 * 8 + 2 * 4 + 4 * 8);
+};
+
+/// An [`Argument`] in user space, with the size that the caller knows.
+struct UserArgument {
+    address: UserPtr,
+    size: usize,
+}
+
+impl UserArgument {
+    /// Copies it in, as copy_struct_from_user() does: what an older caller does not know is zero,
+    /// and what we do not know must be.
+    fn read<T: Argument>(&self) -> Result<T> {
+        let mut argument = T::default();
+        let known = self.size.min(size_of::<T>());
+        // SAFETY: `T` is valid for every bit pattern, and `known` is not beyond its end.
+        let bytes = unsafe {
+            core::slice::from_raw_parts_mut((&raw mut argument).cast::<MaybeUninit<u8>>(), known)
+        };
+        let mut reader = UserSlice::new(self.address, self.size).reader();
+        reader.read_raw(bytes)?;
+        let mut chunk = [0u8; 64];
+        while !reader.is_empty() {
+            let length = reader.len().min(chunk.len());
+            let chunk = chunk.get_mut(..length).ok_or(EINVAL)?;
+            reader.read_slice(chunk)?;
+            if chunk.iter().any(|byte| *byte != 0) {
+                return Err(E2BIG);
+            }
+        }
+        Ok(argument)
+    }
+
+    /// Copies it out, as far as the caller knows it.
+    fn write<T: Argument>(&self, argument: &T) -> Result {
+        let known = self.size.min(size_of::<T>());
+        // SAFETY: `T` has no padding, and `known` is not beyond its end.
+        let bytes =
+            unsafe { core::slice::from_raw_parts((&raw const *argument).cast::<u8>(), known) };
+        UserSlice::new(self.address, known)
+            .writer()
+            .write_slice(bytes)
+    }
+
+    /// Reads it, lets `command` work on it, and writes it back if that succeeds.
+    fn exchange<T: Argument>(
+        address: UserPtr,
+        command: impl FnOnce(&mut T) -> Result,
+    ) -> Result<isize> {
+        let size = UserSlice::new(address, size_of::<u32>())
+            .reader()
+            .read::<u32>()? as usize;
+        // A page is more than any structure will need, and bounds our work.
+        if size < T::OLDEST_SIZE {
+            return Err(EINVAL);
+        }
+        if size > kernel::page::PAGE_SIZE {
+            return Err(E2BIG);
+        }
+        let this = Self { address, size };
+        let mut argument = this.read::<T>()?;
+        command(&mut argument)?;
+        this.write(&argument)?;
+        Ok(0)
+    }
+}
+
+fn must_be_zero(reserved: u32) -> Result {
+    if reserved == 0 {
+        Ok(())
+    } else {
+        Err(EINVAL)
+    }
+}
+
+fn exits(bits: u64) -> Result<Exits> {
+    Exits::from_bits(bits).ok_or(EINVAL)
+}
+
+#[vtable]
+impl MiscDevice for Session {
+    type Ptr = KBox<Self>;
+
+    fn open(_file: &File, device: &MiscDeviceRegistration<Self>) -> Result<KBox<Self>> {
+        // SAFETY: `Session`s are registered by `Chardev::new` only, so that `device` is the field
+        // of a `Chardev`; deregistration waits for this call, and `admin` was initialised first.
+        let chardev = unsafe {
+            &*kernel::container_of!(
+                core::ptr::from_ref(device).cast_mut(),
+                Chardev,
+                device
+            )
+        };
+        Ok(KBox::new(
+            Self {
+                admin: chardev.admin.clone(),
+            },
+            GFP_KERNEL,
+        )?)
+    }
+
+    fn ioctl(session: &Self, _file: &File, command: u32, argument: usize) -> Result<isize> {
+        let address = UserPtr::from_addr(argument);
+        match command {
+            uapi::CONST_GET_INFO => UserArgument::exchange(address, |it| session.info(it)),
+            uapi::CONST_SET_ENABLED => {
+                UserArgument::exchange(address, |it| session.set_enabled(it))
+            }
+            uapi::CONST_SET_POLICY => UserArgument::exchange(address, |it| session.set_policy(it)),
+            uapi::CONST_GET_POLICY => UserArgument::exchange(address, |it| session.get_policy(it)),
+            uapi::CONST_CLEAR_POLICY => {
+                UserArgument::exchange(address, |it| session.clear_policy(it))
+            }
+            uapi::CONST_NEXT_POLICY => {
+                UserArgument::exchange(address, |it| session.next_policy(it))
+            }
+            uapi::CONST_RESOLVE_POLICY => {
+                UserArgument::exchange(address, |it| session.resolve_policy(it))
+            }
+            uapi::CONST_NEXT_VM => UserArgument::exchange(address, |it| session.next_vm(it)),
+            uapi::CONST_GET_VM => UserArgument::exchange(address, |it| session.get_vm(it)),
+            _ => Err(ENOTTY),
+        }
+    }
+}
+
+impl Session {
+    fn info(&self, info: &mut uapi::exitpolicy_info) -> Result {
+        must_be_zero(info.flags)?;
+        let engine = self.admin.engine();
+        let facts = engine.facts();
+        info.vendor = facts.map_or(uapi::EXITPOLICY_VENDOR_NONE, |it| it.vendor.id());
+        info.enabled = engine.enabled().into();
+        info.supported = facts.map_or(0, |it| it.supported.bits());
+        info.floor = facts.map_or(0, |it| it.floor.bits());
+        info.missed = engine.missed();
+        info.clamps = engine.clamps();
+        info.policies = engine.store.count();
+        info.vms = engine.vms.count();
+        Ok(())
+    }
+
+    fn set_enabled(&self, argument: &mut uapi::exitpolicy_enabled) -> Result {
+        require_sys_admin()?;
+        must_be_zero(argument.flags | argument.reserved)?;
+        let enabled = match argument.enabled {
+            0 => false,
+            1 => true,
+            _ => return Err(EINVAL),
+        };
+        self.admin.engine().set_enabled(enabled);
+        Ok(())
+    }
+
+    fn set_policy(&self, argument: &mut uapi::exitpolicy_policy) -> Result {
+        require_sys_admin()?;
+        must_be_zero(argument.reserved)?;
+        let wanted = argument.flags;
+        let known = uapi::EXITPOLICY_POLICY_DISABLE | uapi::EXITPOLICY_POLICY_ALLOW;
+        if wanted == 0 || wanted & !known != 0 {
+            return Err(EINVAL);
+        }
+        // A set that is not asked to be changed must not be nonsense either.
+        let (disable, allow) = (exits(argument.disable)?, exits(argument.allow)?);
+        let cgroup = Cgroup::from_fd(argument.cgroup_fd)?;
+        let policy = self.admin.set_policy(
+            &cgroup,
+            (wanted & uapi::EXITPOLICY_POLICY_DISABLE != 0).then_some(disable),
+            (wanted & uapi::EXITPOLICY_POLICY_ALLOW != 0).then_some(allow),
+        )?;
+        argument.cgroup_id = cgroup.id();
+        argument.disable = policy.disable.bits();
+        argument.allow = policy.allow.bits();
+        Ok(())
+    }
+
+    fn get_policy(&self, argument: &mut uapi::exitpolicy_policy) -> Result {
+        must_be_zero(argument.flags | argument.reserved)?;
+        let cgroup = Cgroup::from_fd(argument.cgroup_fd)?;
+        let policy = self.admin.engine().store.get(cgroup.id()).ok_or(ENOENT)?;
+        argument.cgroup_id = cgroup.id();
+        argument.disable = policy.disable.bits();
+        argument.allow = policy.allow.bits();
+        Ok(())
+    }
+
+    fn clear_policy(&self, argument: &mut uapi::exitpolicy_policy) -> Result {
+        require_sys_admin()?;
+        must_be_zero(argument.flags | argument.reserved)?;
+        let cgroup = Cgroup::from_fd(argument.cgroup_fd)?;
+        self.admin.clear_policy(cgroup.id())?;
+        argument.cgroup_id = cgroup.id();
+        Ok(())
+    }
+
+    fn next_policy(&self, argument: &mut uapi::exitpolicy_policy) -> Result {
+        must_be_zero(argument.flags | argument.reserved | argument.cgroup_fd as u32)?;
+        let (cgroup, policy) = self
+            .admin
+            .engine()
+            .store
+            .next_after(argument.cgroup_id)
+            .ok_or(ENOENT)?;
+        argument.cgroup_id = cgroup;
+        argument.disable = policy.disable.bits();
+        argument.allow = policy.allow.bits();
+        Ok(())
+    }
+
+    fn resolve_policy(&self, argument: &mut uapi::exitpolicy_policy) -> Result {
+        must_be_zero(argument.flags | argument.reserved)?;
+        let cgroup = Cgroup::from_fd(argument.cgroup_fd)?;
+        let resolved = self.admin.engine().store.resolve(&cgroup);
+        argument.cgroup_id = resolved.source.unwrap_or(0);
+        argument.disable = resolved.disable.bits();
+        argument.allow = resolved.allow.bits();
+        Ok(())
+    }
+
+    fn next_vm(&self, argument: &mut uapi::exitpolicy_vm) -> Result {
+        must_be_zero(argument.flags)?;
+        let vm = self.admin.engine().vms.next_after(argument.id);
+        fill(argument, vm.ok_or(ENOENT)?);
+        Ok(())
+    }
+
+    fn get_vm(&self, argument: &mut uapi::exitpolicy_vm) -> Result {
+        must_be_zero(argument.flags)?;
+        let vm = self.admin.engine().vms.get(argument.id);
+        fill(argument, vm.ok_or(ENOENT)?);
+        Ok(())
+    }
+}
+
+fn fill(argument: &mut uapi::exitpolicy_vm, (record, vcpus): (Record, u32)) {
+    argument.id = record.id;
+    argument.cgroup_id = record.cgroup;
+    argument.pid = record.pid;
+    argument.vcpus = vcpus;
+    argument.floor = record.floor.bits();
+    argument.requested = record.requested.bits();
+    argument.effective = record.effective.bits();
+    argument.clamped = record.clamped.bits();
+}

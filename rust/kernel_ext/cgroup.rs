@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Control groups of the default hierarchy (cgroup v2).
+//!
+//! C header: [`include/linux/cgroup.h`](srctree/include/linux/cgroup.h).
+
+use super::tracepoint::TracepointProbe;
+use crate::bindings as shim;
+use core::ptr::NonNull;
+use kernel::{
+    bindings,
+    error::from_err_ptr,
+    prelude::*,
+    sync::{
+        aref::{
+            ARef,
+            AlwaysRefCounted, //
+        },
+        rcu,
+        Arc,
+        ArcBorrow, //
+    },
+    task::Task,
+    types::{
+        ForeignOwnable,
+        Opaque, //
+    },
+};
+
+/// A cgroup of the default hierarchy.
+///
+/// # Invariants
+///
+/// The cgroup is pinned for as long as a reference to this type lasts: by a reference count, by
+/// RCU, or by a descendant that is pinned.
+#[repr(transparent)]
+pub(crate) struct Cgroup(Opaque<bindings::cgroup>);
+
+// SAFETY: A cgroup may be used and put from any thread.
+unsafe impl Send for Cgroup {}
+// SAFETY: The methods of `&Cgroup` may run in parallel.
+unsafe impl Sync for Cgroup {}
+
+// SAFETY: Reference-counted by C.
+unsafe impl AlwaysRefCounted for Cgroup {
+    fn inc_ref(&self) {
+        // SAFETY: Pinned, by the type invariant. A cgroup that only RCU pins may have no reference
+        // left, but `ARef`s are made by `from_raw` only, from a counted one.
+        unsafe { shim::exitpolicy_cgroup_get(self.raw()) };
+    }
+
+    unsafe fn dec_ref(cgroup: NonNull<Self>) {
+        // SAFETY: The caller gives up a reference.
+        unsafe { shim::exitpolicy_cgroup_put(cgroup.cast().as_ptr()) };
+    }
+}
+
+impl Cgroup {
+    /// Takes over a counted reference, or the error in place of one.
+    ///
+    /// # Safety
+    ///
+    /// `cgroup` must be an error pointer, or point to a cgroup with a reference for us.
+    unsafe fn from_raw(cgroup: *mut bindings::cgroup) -> Result<ARef<Self>> {
+        let cgroup = NonNull::new(from_err_ptr(cgroup)?).ok_or(ENOENT)?;
+        // SAFETY: `Self` is a transparent wrapper. The caller gives us a reference.
+        Ok(unsafe { ARef::from_raw(cgroup.cast()) })
+    }
+
+    /// The cgroup of a directory that the current task has open. Fails with [`EBADF`] if the file
+    /// is no cgroup directory or belongs to a v1 hierarchy, and with [`ENODEV`] if the cgroup is
+    /// being removed.
+    pub(crate) fn from_fd(fd: i32) -> Result<ARef<Self>> {
+        // SAFETY: Returns a counted reference or an error.
+        match unsafe { Self::from_raw(bindings::cgroup_get_from_fd(fd)) } {
+            // css_tryget_online_from_dir() says ENOENT of a cgroup that is going.
+            Err(ENOENT) => Err(ENODEV),
+            result => result,
+        }
+    }
+
+    /// The cgroup with this id, if it is alive and the current task's cgroup namespace shows it.
+    pub(crate) fn from_id(id: u64) -> Result<ARef<Self>> {
+        // SAFETY: Returns a counted reference or an error.
+        unsafe { Self::from_raw(bindings::cgroup_get_from_id(id)) }
+    }
+
+    /// The cgroup at a path below the root of the current task's cgroup namespace.
+    pub(crate) fn from_path(path: &CStr) -> Result<ARef<Self>> {
+        // SAFETY: `path` ends in NUL. Returns a counted reference or an error.
+        unsafe { Self::from_raw(bindings::cgroup_get_from_path(path.as_char_ptr())) }
+    }
+
+    /// The domain cgroup of a task: its own, or the nearest ancestor that is not threaded.
+    pub(crate) fn domain_of<'rcu>(task: &Task, _rcu: &'rcu rcu::Guard) -> &'rcu Self {
+        // SAFETY: `task` is valid, and we are under RCU. Its css_set, and so that set's cgroup,
+        // are freed after a grace period only, that is, not before the guard is dropped; a cgroup
+        // pins its ancestors. INVARIANT: Pinned by RCU.
+        unsafe { &*shim::exitpolicy_task_domain_cgroup(task.as_ptr().cast()).cast() }
+    }
+
+    fn raw(&self) -> *mut shim::cgroup {
+        self.0.get().cast()
+    }
+
+    /// The id, which is never used again for another cgroup.
+    pub(crate) fn id(&self) -> u64 {
+        // SAFETY: Pinned, by the type invariant.
+        unsafe { shim::exitpolicy_cgroup_id(self.raw()) }
+    }
+
+    /// The parent, unless this is the root.
+    pub(crate) fn parent(&self) -> Option<&Self> {
+        // SAFETY: Pinned, by the type invariant.
+        let parent = unsafe { shim::exitpolicy_cgroup_parent(self.raw()) };
+        // SAFETY: NULL or a cgroup. INVARIANT: `self`, a descendant, pins it.
+        unsafe { parent.cast::<Self>().as_ref() }
+    }
+
+    /// This cgroup and its ancestors, up to the root.
+    pub(crate) fn ancestors_and_self(&self) -> impl Iterator<Item = &Self> {
+        core::iter::successors(Some(self), |cgroup| cgroup.parent())
+    }
+
+    /// Whether somebody has removed it.
+    pub(crate) fn is_dead(&self) -> bool {
+        // SAFETY: Pinned, by the type invariant.
+        unsafe { shim::exitpolicy_cgroup_is_dead(self.raw()) }
+    }
+
+    /// Writes the path below the root of the current task's cgroup namespace, and returns it.
+    /// May sleep. Fails with [`ENAMETOOLONG`] if the buffer is too small.
+    pub(crate) fn path<'buf>(&self, buffer: &'buf mut [u8]) -> Result<&'buf CStr> {
+        // SAFETY: Pinned, by the type invariant; `buffer` is valid for writes of its length.
+        let length = unsafe {
+            shim::exitpolicy_cgroup_path(self.raw(), buffer.as_mut_ptr(), buffer.len())
+        };
+        match length {
+            error if error == E2BIG.to_errno() => Err(ENAMETOOLONG),
+            error if error < 0 => Err(Error::from_errno(error)),
+            _ => CStr::from_bytes_until_nul(buffer).map_err(|_| ENAMETOOLONG),
+        }
+    }
+}
+
+/// To be told of removed cgroups.
+pub(crate) trait RemovalHandler: Send + Sync + Sized + 'static {
+    /// A cgroup of some hierarchy was removed: it can be found no more, but may live on for as long
+    /// as somebody holds it. Ids are unique within a hierarchy only, so ask [`Cgroup::from_id`]
+    /// before you believe it. Called with interrupts disabled; must not sleep.
+    fn cgroup_removed(this: ArcBorrow<'_, Self>, id: u64);
+}
+
+/// Calls a handler for each cgroup that is removed, until it is dropped.
+pub(crate) struct RemovalWatch<T: RemovalHandler> {
+    _probe: TracepointProbe<Arc<T>>,
+}
+
+impl<T: RemovalHandler> RemovalWatch<T> {
+    /// Begins to watch. `cgroup_lifetime_notifier` is not exported; the tracepoint is public.
+    pub(crate) fn new(handler: Arc<T>) -> Result<Self> {
+        /// # Safety
+        ///
+        /// To be called by the tracepoint `cgroup_rmdir` only, with an `Arc<T>` as foreign data.
+        unsafe extern "C" fn probe<T: RemovalHandler>(
+            data: *mut c_void,
+            cgroup: *mut bindings::cgroup,
+            _path: *const c_char,
+        ) {
+            // SAFETY: `data` came from `into_foreign`; it is dropped only after the last probe.
+            let handler = unsafe { <Arc<T> as ForeignOwnable>::borrow(data) };
+            // SAFETY: The tracepoint fires with a cgroup that its caller holds. INVARIANT: Pinned
+            // by the caller during this call.
+            let cgroup = unsafe { &*cgroup.cast::<Cgroup>() };
+            T::cgroup_removed(handler, cgroup.id());
+        }
+
+        Ok(Self {
+            // SAFETY: TRACE_CGROUP_PATH(rmdir, …) of kernel/cgroup/cgroup.c calls its probes with
+            // a cgroup and a path (include/trace/events/cgroup.h). `probe` does not sleep, since
+            // the handler does not.
+            _probe: unsafe {
+                TracepointProbe::register(c"cgroup_rmdir", probe::<T> as *mut c_void, handler)?
+            },
+        })
+    }
+}
