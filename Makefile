@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# For people. What the kernel's build reads is in Kbuild.
+
+KDIR ?= /lib/modules/$(shell uname -r)/build
+PREFIX ?= /usr/local
+DESTDIR ?=
+
+BUILD := build
+CARGO := cargo
+# Static, so that the command runs in any lab host and rescue system.
+CARGO_FLAGS := --locked --release --manifest-path tools/Cargo.toml --target-dir $(BUILD)/cargo
+export RUSTFLAGS := -C target-feature=+crt-static
+
+define help
+On a host:
+  make                  build module and command for the running kernel
+  make KDIR=DIR         ... for another kernel (LLVM=1 if clang built it)
+  make install          install both, with man pages and completions
+  make uninstall        remove them again (same PREFIX, DESTDIR and KDIR)
+
+Without one, in emulated hosts (needs root, and Debian 12 or 13):
+  make demo             see what it does
+  make test             run all tests
+  make lab-build        build module and command for the emulated hosts
+  make lab              set the emulated hosts up, and nothing else
+
+For developers:
+  make check            formatting and lints
+  make clean            remove what was built here
+endef
+
+.PHONY: all module command man tests lab lab-build demo test check install uninstall clean help
+all: module command man
+
+help:
+	$(info $(help))
+	@:
+
+# --- building -----------------------------------------------------------------
+
+# Calls the kernel's build, which wants none of cargo's flags.
+define kbuild
+	set -e; \
+	dir=$$(tools/kernel dir "$(KDIR)"); \
+	args=$$(tools/kernel make "$$dir"); \
+	images=$$(tools/kernel images "$$dir"); \
+	mkdir -p $(BUILD)/module; \
+	env -u RUSTFLAGS $(MAKE) -C "$$dir" M="$(CURDIR)" MO="$(CURDIR)/$(BUILD)/module" \
+		KVM_IMAGES="$$images" $$args
+endef
+
+module:
+	@$(kbuild) modules
+	@cp $(BUILD)/module/kvm_exitpolicy.ko $(BUILD)/kvm_exitpolicy.ko
+
+command:
+	$(CARGO) build $(CARGO_FLAGS) --package exitpolicy
+	@cp $(BUILD)/cargo/release/exitpolicy $(BUILD)/exitpolicy
+
+man: command
+	@mkdir -p $(BUILD)/man $(BUILD)/completions
+	$(CARGO) run $(CARGO_FLAGS) --quiet --package exitpolicy --example man -- $(BUILD)/man
+	@for shell in bash zsh fish; do \
+		$(BUILD)/exitpolicy completions $$shell > $(BUILD)/completions/$$shell || exit 1; \
+	done
+
+tests:
+	$(CARGO) build $(CARGO_FLAGS) --package testing
+
+# --- in emulated hosts --------------------------------------------------------
+
+lab:
+	tools/lab/setup
+
+lab-build: lab
+	tools/lab/enter make --no-print-directory KDIR="$$(tools/lab/setup --print kdir)" all tests
+
+demo: lab-build
+	tools/demo/run
+
+test: lab-build
+	tools/testing/run
+
+check: lab
+	tools/lab/enter tools/check "$$(tools/lab/setup --print kdir)"
+
+# --- installing ---------------------------------------------------------------
+
+share := $(DESTDIR)$(PREFIX)/share
+
+install:
+	@test -e $(BUILD)/kvm_exitpolicy.ko -a -e $(BUILD)/exitpolicy || \
+		{ echo "error: there is nothing to install yet; run: make" >&2; exit 1; }
+	@$(kbuild) INSTALL_MOD_PATH="$(DESTDIR)" modules_install
+	install -D -m 755 $(BUILD)/exitpolicy $(DESTDIR)$(PREFIX)/bin/exitpolicy
+	install -D -m 644 -t $(share)/man/man1 $(BUILD)/man/*.1
+	install -D -m 644 $(BUILD)/completions/bash $(share)/bash-completion/completions/exitpolicy
+	install -D -m 644 $(BUILD)/completions/zsh $(share)/zsh/site-functions/_exitpolicy
+	install -D -m 644 $(BUILD)/completions/fish $(share)/fish/vendor_completions.d/exitpolicy.fish
+	install -D -m 644 include/uapi/linux/exitpolicy.h $(DESTDIR)$(PREFIX)/include/linux/exitpolicy.h
+	@echo "installed; load it with: modprobe kvm_exitpolicy; see what it can do here with: exitpolicy doctor"
+
+uninstall:
+	@set -e; \
+	release=$$(cat "$$(realpath "$(KDIR)")/include/config/kernel.release"); \
+	rm -fv $(DESTDIR)/lib/modules/$$release/updates/kvm_exitpolicy.ko*; \
+	test -n "$(DESTDIR)" || depmod "$$release"
+	rm -fv $(DESTDIR)$(PREFIX)/bin/exitpolicy \
+		$(share)/man/man1/exitpolicy.1 $(share)/man/man1/exitpolicy-*.1 \
+		$(share)/bash-completion/completions/exitpolicy \
+		$(share)/zsh/site-functions/_exitpolicy \
+		$(share)/fish/vendor_completions.d/exitpolicy.fish \
+		$(DESTDIR)$(PREFIX)/include/linux/exitpolicy.h
+
+clean:
+	rm -rf $(BUILD)
