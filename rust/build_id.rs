@@ -5,8 +5,10 @@
 //! `vermagic` does not tell: two builds of the same version with other options have the same.
 //! The linker's build ids do, and the kernel shows those of loaded modules, and its own, in sysfs.
 
+use crate::kernel_ext::file::OwnedFile;
 use kernel::{
     bindings,
+    page::PAGE_SIZE,
     prelude::*,
     str::CString, //
 };
@@ -28,8 +30,9 @@ pub(crate) fn check() -> Result {
         } else {
             CString::try_from_fmt(fmt!("/sys/module/{}/notes/.note.gnu.build-id", image))?
         };
-        let mut buffer = KVec::zeroed_page()?;
-        let notes = match read_file(&path, &mut buffer) {
+        let mut buffer = KVec::from_elem(0, PAGE_SIZE, GFP_KERNEL)?;
+        let file = OwnedFile::open(&path, bindings::O_RDONLY);
+        let notes = match file.and_then(|file| file.read(&mut buffer)) {
             Ok(notes) => notes,
             // The other vendor's module.
             Err(ENOENT) => continue,
@@ -51,37 +54,6 @@ pub(crate) fn check() -> Result {
         }
     }
     Ok(())
-}
-
-trait ZeroedPage: Sized {
-    fn zeroed_page() -> Result<Self>;
-}
-
-impl ZeroedPage for KVec<u8> {
-    fn zeroed_page() -> Result<Self> {
-        Ok(KVec::from_elem(0, kernel::page::PAGE_SIZE, GFP_KERNEL)?)
-    }
-}
-
-/// Reads a file, as seen from the initial mount namespace, into the buffer.
-fn read_file<'a>(path: &CStr, buffer: &'a mut [u8]) -> Result<&'a [u8]> {
-    let mut target = buffer.as_mut_ptr().cast::<c_void>();
-    // SAFETY: `path` ends in NUL, and `target` is valid for writes of the buffer's length; the
-    // kernel allocates nothing when it is given a buffer.
-    let read = unsafe {
-        bindings::kernel_read_file_from_path_initns(
-            path.as_char_ptr(),
-            0,
-            &mut target,
-            buffer.len(),
-            core::ptr::null_mut(),
-            bindings::kernel_read_file_id_READING_UNKNOWN,
-        )
-    };
-    if read < 0 {
-        return Err(Error::from_errno(read as c_int));
-    }
-    buffer.get(..read as usize).ok_or(EIO)
 }
 
 /// Finds the GNU build id among ELF notes.

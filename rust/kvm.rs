@@ -4,7 +4,13 @@
 
 use crate::{
     bindings,
-    kernel_ext::fprobe::Call,
+    kernel_ext::{
+        file::{
+            OwnedFd,
+            OwnedFile, //
+        },
+        fprobe::Call, //
+    },
     policy::Exits, //
 };
 use core::{
@@ -16,10 +22,6 @@ use core::{
 };
 use kernel::{
     bindings as kernel_bindings,
-    error::{
-        from_err_ptr,
-        to_result, //
-    },
     ffi::c_long,
     prelude::*,
     task::Task, //
@@ -133,56 +135,6 @@ pub(crate) unsafe fn online_vcpus_of(key: usize) -> u32 {
     }
 }
 
-/// An open file that is ours to close.
-struct OwnedFile(NonNull<kernel_bindings::file>);
-
-impl OwnedFile {
-    fn ioctl(&self, command: u32, argument: usize) -> Result<c_long> {
-        // SAFETY: The file is open. The commands that we use take no pointer.
-        let result =
-            unsafe { bindings::exitpolicy_file_ioctl(self.0.as_ptr().cast(), command, argument) };
-        if result < 0 {
-            to_result(result as c_int)?;
-        }
-        Ok(result)
-    }
-
-    fn owner(&self) -> *mut kernel_bindings::module {
-        // SAFETY: The file is open, and so has operations.
-        unsafe { (*(*self.0.as_ptr()).f_op).owner }
-    }
-}
-
-impl Drop for OwnedFile {
-    fn drop(&mut self) {
-        // SAFETY: We own a reference to the file.
-        unsafe { kernel_bindings::fput(self.0.as_ptr()) };
-    }
-}
-
-/// A file descriptor of the current task that is ours to close.
-struct OwnedFd(u32);
-
-impl OwnedFd {
-    fn from_ioctl(result: c_long) -> Self {
-        Self(result as u32)
-    }
-
-    fn file(&self) -> Result<OwnedFile> {
-        // SAFETY: May be called with any descriptor; returns a reference or NULL.
-        let file = unsafe { kernel_bindings::fget(self.0) };
-        Ok(OwnedFile(NonNull::new(file).ok_or(EBADF)?))
-    }
-}
-
-impl Drop for OwnedFd {
-    fn drop(&mut self) {
-        // SAFETY: Closes a descriptor of the current task, which has not returned to user space
-        // since it was opened. An error means that it is closed already.
-        let _ = unsafe { kernel_bindings::close_fd(self.0) };
-    }
-}
-
 /// `/dev/kvm`, opened from within the kernel. While it is open, the vendor module stays loaded.
 pub(crate) struct DevKvm(OwnedFile);
 
@@ -190,21 +142,17 @@ impl DevKvm {
     /// Opens the device. Fails with [`ENOENT`], [`ENODEV`] or [`ENXIO`] where no vendor module is
     /// loaded. Process context.
     pub(crate) fn open() -> Result<Self> {
-        // SAFETY: The path ends in NUL.
-        let file = from_err_ptr(unsafe {
-            kernel_bindings::filp_open(
-                c"/dev/kvm".as_char_ptr(),
-                (kernel_bindings::O_RDWR | kernel_bindings::O_CLOEXEC) as c_int,
-                0,
-            )
-        })?;
-        Ok(Self(OwnedFile(NonNull::new(file).ok_or(ENOENT)?)))
+        OwnedFile::open(
+            c"/dev/kvm",
+            kernel_bindings::O_RDWR | kernel_bindings::O_CLOEXEC,
+        )
+        .map(Self)
     }
 
     /// KVM_CHECK_EXTENSION.
     fn check_extension(&self, extension: u32) -> Result<c_long> {
         self.0
-            .ioctl(bindings::CONST_KVM_CHECK_EXTENSION, extension as usize)
+            .ioctl(bindings::CONST_KVM_CHECK_EXTENSION, extension)
     }
 
     /// The exits that KVM_CAP_X86_DISABLE_EXITS accepts on this host.
@@ -228,12 +176,10 @@ impl DevKvm {
         if vm_file.owner() != self.0.owner() {
             return Err(EBADF);
         }
-        // SAFETY: `vm_file` is the VM that we have just made: a file of KVM's. Its private data
-        // was set before the descriptor was installed.
-        let kvm = unsafe { (*vm_file.0.as_ptr()).private_data };
         let vm = Vm {
-            ptr: NonNull::new(kvm.cast()).ok_or(EBADF)?,
-            // INVARIANT: `vm_file` holds the VM, and outlives `vm`.
+            // INVARIANT: The VM that we have just made is what its file's private data points to,
+            // and `vm_file`, which outlives `vm`, holds it.
+            ptr: NonNull::new(vm_file.private_data().cast()).ok_or(EBADF)?,
             _lifetime: PhantomData,
         };
 

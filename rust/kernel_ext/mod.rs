@@ -7,6 +7,7 @@
 
 pub(crate) mod capability;
 pub(crate) mod cgroup;
+pub(crate) mod file;
 pub(crate) mod fprobe;
 pub(crate) mod kobject;
 pub(crate) mod module_notifier;

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Files that the kernel opens itself.
+//!
+//! C headers: [`include/linux/fs.h`](srctree/include/linux/fs.h),
+//! [`include/linux/fdtable.h`](srctree/include/linux/fdtable.h).
+
+use crate::bindings as shim;
+use core::ptr::NonNull;
+use kernel::{
+    bindings,
+    error::{
+        from_err_ptr,
+        to_result, //
+    },
+    ffi::c_long,
+    prelude::*, //
+};
+
+/// A reference to an open file that is ours to put.
+pub(crate) struct OwnedFile(NonNull<bindings::file>);
+
+impl OwnedFile {
+    /// Opens a file with `O_*` flags, as seen and permitted to the current task. May sleep.
+    pub(crate) fn open(path: &CStr, flags: u32) -> Result<Self> {
+        // SAFETY: The path ends in NUL.
+        let file = from_err_ptr(unsafe {
+            bindings::filp_open(path.as_char_ptr(), flags as c_int, 0)
+        })?;
+        Ok(Self(NonNull::new(file).ok_or(ENOENT)?))
+    }
+
+    /// Reads from the beginning, and returns what was read. May sleep.
+    pub(crate) fn read<'buf>(&self, buffer: &'buf mut [u8]) -> Result<&'buf [u8]> {
+        let mut position = 0;
+        // SAFETY: The file is open, and `buffer` is valid for writes of its length.
+        let read = unsafe {
+            bindings::kernel_read(
+                self.0.as_ptr(),
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+                &mut position,
+            )
+        };
+        if read < 0 {
+            return Err(Error::from_errno(read as c_int));
+        }
+        buffer.get(..read as usize).ok_or(EIO)
+    }
+
+    /// An ioctl whose argument is a number; one that takes a pointer fails with [`EFAULT`] for
+    /// want of one into user space. May sleep.
+    pub(crate) fn ioctl(&self, command: u32, argument: u32) -> Result<c_long> {
+        // SAFETY: The file is open.
+        let result = unsafe {
+            shim::exitpolicy_file_ioctl(self.0.as_ptr().cast(), command, argument as usize)
+        };
+        if result < 0 {
+            to_result(result as c_int)?;
+        }
+        Ok(result)
+    }
+
+    /// The module that the file's operations belong to, as an identity only.
+    pub(crate) fn owner(&self) -> usize {
+        // SAFETY: The file is open, and so has operations.
+        unsafe { (*(*self.0.as_ptr()).f_op).owner }.addr()
+    }
+
+    /// What the file's operations put there; valid for as long as they say.
+    pub(crate) fn private_data(&self) -> *mut c_void {
+        // SAFETY: The file is open.
+        unsafe { (*self.0.as_ptr()).private_data }
+    }
+}
+
+impl Drop for OwnedFile {
+    fn drop(&mut self) {
+        // SAFETY: We own a reference to the file.
+        unsafe { bindings::fput(self.0.as_ptr()) };
+    }
+}
+
+/// A file descriptor of the current task that is ours to close.
+pub(crate) struct OwnedFd(u32);
+
+impl OwnedFd {
+    /// Takes over a descriptor that an ioctl has installed and returned.
+    pub(crate) fn from_ioctl(result: c_long) -> Self {
+        Self(result as u32)
+    }
+
+    /// The file behind it. Another thread of the task may have put another one there.
+    pub(crate) fn file(&self) -> Result<OwnedFile> {
+        // SAFETY: May be called with any descriptor; returns a reference or NULL.
+        let file = unsafe { bindings::fget(self.0) };
+        Ok(OwnedFile(NonNull::new(file).ok_or(EBADF)?))
+    }
+}
+
+impl Drop for OwnedFd {
+    fn drop(&mut self) {
+        // SAFETY: Closes a descriptor of the current task, if it is still open.
+        let _ = unsafe { bindings::close_fd(self.0) };
+    }
+}
