@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The command `exitpolicy`.
+
+#![deny(unsafe_op_in_unsafe_fn)]
+#![deny(clippy::undocumented_unsafe_blocks)]
+
+mod cli;
+mod commands;
+mod notes;
+mod output;
+
+use anyhow::Context;
+use clap::{
+    error::ErrorKind,
+    Parser, //
+};
+use cli::Cli;
+use exitpolicy::Error;
+use output::Format;
+use std::{
+    env,
+    ffi::OsString,
+    io::{
+        self,
+        Write, //
+    },
+    process::ExitCode, //
+};
+
+const FAILURE: u8 = 1;
+const USAGE: u8 = 2;
+const NOT_LOADED: u8 = 3;
+const NOT_PERMITTED: u8 = 4;
+
+fn main() -> ExitCode {
+    // Someone who reads the first lines and closes the pipe is not an error to report.
+    // SAFETY: There is one thread, and the default action needs no handler.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let format = match (cli.json, cli.pretty) {
+        (_, true) => Format::PrettyJson,
+        (true, false) => Format::Json,
+        (false, false) => Format::Text,
+    };
+    let written = commands::run(&cli, format).and_then(|answer| {
+        if format == Format::Text {
+            for note in &answer.notes {
+                say(&format!("note: {}\n", note.message));
+            }
+        }
+        io::stdout()
+            .write_all(answer.text.as_bytes())
+            .context("cannot write the answer")?;
+        Ok(answer.status)
+    });
+    match written {
+        Ok(status) => status,
+        Err(error) => report(format, &error),
+    }
+}
+
+/// Writes to stderr. If that fails, there is nowhere to say so.
+fn say(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+fn report(format: Format, error: &anyhow::Error) -> ExitCode {
+    let known = error.downcast_ref::<Error>();
+    let hint = known.and_then(Error::hint);
+    say(&format.render_error(
+        known.map_or("failure", Error::code),
+        &format!("{error:#}"),
+        hint.as_deref(),
+    ));
+    match known {
+        Some(Error::NotLoaded { .. }) => NOT_LOADED,
+        Some(Error::NotPermitted { .. }) => NOT_PERMITTED,
+        _ => FAILURE,
+    }
+    .into()
+}
+
+/// What to do where the command line is no command: help was asked for, or it is wrong.
+fn usage(error: &clap::Error) -> ExitCode {
+    let wrong = error.use_stderr();
+    let missing_command = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    match wanted_json(env::args_os().skip(1)) {
+        Some(format) if wrong && !missing_command => {
+            let message = error.render().to_string();
+            let message = message.trim_end();
+            let message = message.strip_prefix("error: ").unwrap_or(message);
+            say(&format.render_error("usage", message, None));
+        }
+        _ => drop(error.print()),
+    }
+    if wrong {
+        ExitCode::from(USAGE)
+    } else {
+        ExitCode::SUCCESS
+    }
+}
+
+/// Whether a command line that could not be parsed asks for JSON.
+fn wanted_json(arguments: impl Iterator<Item = OsString>) -> Option<Format> {
+    let mut json = None;
+    for argument in arguments.take_while(|argument| argument != "--") {
+        let Some(argument) = argument.to_str() else {
+            continue;
+        };
+        let letters = argument
+            .strip_prefix('-')
+            .filter(|letters| letters.chars().all(|letter| "jp".contains(letter)))
+            .unwrap_or_default();
+        if argument == "--pretty" || letters.contains('p') {
+            return Some(Format::PrettyJson);
+        }
+        if argument == "--json" || letters.contains('j') {
+            json = Some(Format::Json);
+        }
+    }
+    json
+}

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What to tell someone whose request was carried out, and may not do what was expected.
+
+use crate::output::Note;
+use exitpolicy::{
+    device::{
+        Info,
+        Vendor, //
+    },
+    policy::{
+        Exits,
+        Policy,
+        Resolved, //
+    },
+};
+
+/// What is known when a policy was just set.
+pub struct Situation {
+    pub info: Info,
+    pub policy: Policy,
+    pub resolved: Resolved,
+    /// The cgroup is in a threaded subtree.
+    pub threaded: bool,
+    /// See [`exitpolicy::doctor::is_exposed_to_smt_rsb`].
+    pub exposed_to_smt_rsb: bool,
+}
+
+fn note(code: &'static str, message: impl Into<String>) -> Note {
+    Note {
+        code,
+        message: message.into(),
+    }
+}
+
+/// Notes on a policy that was just set.
+pub fn on_policy(situation: &Situation) -> Vec<Note> {
+    let Situation {
+        info,
+        policy,
+        resolved,
+        ..
+    } = situation;
+    let mut notes = Vec::new();
+
+    if !info.enabled {
+        notes.push(off());
+    }
+    if situation.threaded {
+        notes.push(note(
+            "threaded",
+            "the cgroup is in a threaded subtree: policies are looked for in the domain cgroup \
+             above it, so this one has no effect",
+        ));
+    }
+    if info.vendor.is_none() {
+        notes.push(note(
+            "no_vendor",
+            "neither kvm_amd nor kvm_intel is in use: which of these exits KVM can disable is \
+             not known yet",
+        ));
+    }
+    let unsupported = policy.disable & !info.supported & !info.floor;
+    if info.vendor.is_some() && !unsupported.is_empty() {
+        notes.push(note(
+            "unsupported",
+            format!(
+                "KVM cannot disable {unsupported} on this host: VMs do not get it; 'exitpolicy \
+                 doctor' says more",
+            ),
+        ));
+    }
+    let own = policy.disable & !policy.allow;
+    if !own.is_empty() {
+        notes.push(note(
+            "not_allowed",
+            format!("{own} is in \"disable\" but not in \"allow\": VMs do not get it"),
+        ));
+    }
+    let above = policy.disable & policy.allow & !resolved.allow;
+    if !above.is_empty() {
+        notes.push(note(
+            "not_allowed_above",
+            format!(
+                "a cgroup above does not allow {above}: VMs do not get it; 'exitpolicy policy \
+                 show --effective' says which",
+            ),
+        ));
+    }
+
+    let given = policy.disable & resolved.allow & info.supported;
+    let idle = given & (Exits::HLT | Exits::MWAIT);
+    if !idle.is_empty() {
+        notes.push(note(
+            "busy",
+            format!("with {idle}, the host sees an idle vCPU as 100 % busy"),
+        ));
+    }
+    let hidden = given & (Exits::MWAIT | Exits::APERFMPERF);
+    if !hidden.is_empty() {
+        notes.push(note(
+            "needs_vmm",
+            format!(
+                "only guests whose VMM exposes it use {hidden}: KVM never advertises MWAIT, and \
+                 clears CPUID leaf 6 ECX",
+            ),
+        ));
+    }
+    if given.contains(Exits::MWAIT) && info.vendor == Some(Vendor::Vmx) {
+        notes.push(note(
+            "preemption_timer",
+            "with mwait, VMs do without the VMX preemption timer: their timers cost exits again, \
+             whether they use MWAIT or not",
+        ));
+    }
+    if situation.exposed_to_smt_rsb {
+        notes.extend(smt_rsb(given));
+    }
+    notes
+}
+
+/// Notes on the state of the module.
+pub fn on_status(info: &Info, exposed_to_smt_rsb: bool) -> Vec<Note> {
+    let mut notes = Vec::new();
+    if info.missed > 0 {
+        notes.push(note(
+            "missed",
+            format!(
+                "{} VMs or vCPUs had no decision, or were lost sight of: see what the kernel log \
+                 says of exitpolicy",
+                info.missed,
+            ),
+        ));
+    }
+    if exposed_to_smt_rsb {
+        notes.extend(smt_rsb(info.supported));
+    }
+    notes
+}
+
+/// The note on the master switch being switched.
+pub fn on_switch() -> Note {
+    note(
+        "running_vms",
+        "this is for VMs that start from now on; those that run keep what they have",
+    )
+}
+
+/// The note that nothing is applied.
+pub fn off() -> Note {
+    note(
+        "off",
+        "policies are switched off: new VMs are left alone until 'exitpolicy on'",
+    )
+}
+
+/// The note that the module sees other policies than this process.
+pub fn differs(disable: Exits, allow: Exits) -> Note {
+    note(
+        "differs",
+        format!(
+            "the module says disable {disable}, allow {allow}: a policy changed meanwhile, or one \
+             above the root of this cgroup namespace, which cannot be seen from here, adds to it",
+        ),
+    )
+}
+
+fn smt_rsb(exits: Exits) -> Option<Note> {
+    let exits = exits & (Exits::HLT | Exits::MWAIT | Exits::CSTATE);
+    (!exits.is_empty()).then(|| {
+        note(
+            "smt_rsb",
+            format!(
+                "this CPU has the cross-thread return address bug, and SMT: with {exits}, a guest \
+                 can attack its sibling thread; 'exitpolicy doctor' says what to do",
+            ),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(text: &str) -> Exits {
+        text.parse().unwrap()
+    }
+
+    fn situation(disable: &str, allow: &str) -> Situation {
+        let policy = Policy {
+            disable: set(disable),
+            allow: set(allow),
+        };
+        Situation {
+            info: Info {
+                vendor: Some(Vendor::Vmx),
+                enabled: true,
+                supported: Exits::ALL,
+                floor: Exits::NONE,
+                missed: 0,
+                clamps: 0,
+                policies: 1,
+                vms: 0,
+            },
+            policy,
+            resolved: Resolved::from_nearest_to_root([(1, policy)]),
+            threaded: false,
+            exposed_to_smt_rsb: false,
+        }
+    }
+
+    fn codes(situation: &Situation) -> Vec<&'static str> {
+        on_policy(situation)
+            .into_iter()
+            .map(|note| note.code)
+            .collect()
+    }
+
+    #[test]
+    fn what_just_works_is_not_remarked_on() {
+        assert!(codes(&situation("pause", "all")).is_empty());
+        assert!(codes(&situation("none", "none")).is_empty());
+    }
+
+    #[test]
+    fn who_asks_for_all_is_told_what_it_means() {
+        let mut all = situation("all", "all");
+        assert_eq!(codes(&all), ["busy", "needs_vmm", "preemption_timer"]);
+        all.info.vendor = Some(Vendor::Svm);
+        all.info.supported = set("mwait,hlt,pause,aperfmperf");
+        assert_eq!(codes(&all), ["unsupported", "busy", "needs_vmm"]);
+        all.exposed_to_smt_rsb = true;
+        assert_eq!(codes(&all)[3..], ["smt_rsb"]);
+        // Only "cstate" is left out of what KVM supports.
+        assert!(on_policy(&all)[0].message.contains("disable cstate on"));
+    }
+
+    #[test]
+    fn what_is_given_by_the_floor_needs_no_support() {
+        let mut pause = situation("pause", "all");
+        pause.info.supported = Exits::NONE;
+        pause.info.floor = Exits::PAUSE;
+        assert!(codes(&pause).is_empty());
+    }
+
+    #[test]
+    fn what_has_no_effect_is_said() {
+        let mut hlt = situation("hlt", "all");
+        hlt.resolved.allow = Exits::PAUSE;
+        assert_eq!(codes(&hlt), ["not_allowed_above"]);
+        assert_eq!(codes(&situation("hlt", "pause")), ["not_allowed"]);
+
+        let mut nowhere = situation("pause", "all");
+        nowhere.info.vendor = None;
+        nowhere.info.supported = Exits::NONE;
+        nowhere.info.enabled = false;
+        nowhere.threaded = true;
+        assert_eq!(codes(&nowhere), ["off", "threaded", "no_vendor"]);
+    }
+
+    #[test]
+    fn status_has_notes_too() {
+        let mut info = situation("none", "all").info;
+        assert!(on_status(&info, false).is_empty());
+        assert_eq!(on_status(&info, true)[0].code, "smt_rsb");
+        info.missed = 2;
+        assert_eq!(on_status(&info, false)[0].code, "missed");
+    }
+}

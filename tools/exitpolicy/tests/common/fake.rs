@@ -1,0 +1,446 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A module to try the command on where there is none: a seccomp filter hands the command's
+//! ioctls on `/dev/exitpolicy` to the test, which answers them as the contract says, with the
+//! policy algebra and real cgroups.
+
+use crate::common::{
+    command,
+    write,
+    Run, //
+};
+use exitpolicy::{
+    cgroup::Hierarchy,
+    policy::{
+        Exits,
+        Policy,
+        Resolved, //
+    },
+    uapi,
+    Host, //
+};
+use std::{
+    collections::BTreeMap,
+    fs::{
+        self,
+        File, //
+    },
+    io,
+    mem::{
+        offset_of,
+        zeroed, //
+    },
+    os::{
+        fd::{
+            AsRawFd,
+            FromRawFd,
+            OwnedFd, //
+        },
+        unix::fs::{
+            symlink,
+            FileExt,
+            MetadataExt, //
+        },
+    },
+    path::{
+        Path,
+        PathBuf, //
+    },
+    sync::mpsc,
+    thread, //
+};
+
+/// The host that the command sees, and the state of its module.
+pub struct Fake {
+    root: tempfile::TempDir,
+    /// A cgroup made for the test.
+    pub cgroup: PathBuf,
+    mount_point: PathBuf,
+    pub policies: BTreeMap<u64, Policy>,
+    pub vms: BTreeMap<u64, uapi::Vm>,
+    pub info: uapi::Info,
+    /// Answers every command with this errno.
+    pub refuse: Option<i32>,
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(self.cgroup.join("child"));
+        let _ = fs::remove_dir(&self.cgroup);
+    }
+}
+
+impl Fake {
+    /// Nothing where cgroups cannot be made, or seccomp has no listeners.
+    pub fn new(name: &str) -> Option<Self> {
+        let mount_point = Hierarchy::find(&Host::default())
+            .ok()?
+            .mount_point()
+            .to_owned();
+        let cgroup = mount_point.join(format!("exitpolicy-{name}-{}", std::process::id()));
+        if fs::create_dir_all(cgroup.join("child")).is_err() {
+            eprintln!("skipped: no cgroup can be made here");
+            return None;
+        }
+        let root = tempfile::tempdir().unwrap();
+        write(root.path(), "dev/exitpolicy", "");
+        write(
+            root.path(),
+            "proc/self/mountinfo",
+            "30 1 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+        );
+        fs::create_dir_all(root.path().join("sys/fs")).unwrap();
+        symlink(&mount_point, root.path().join("sys/fs/cgroup")).unwrap();
+        Some(Self {
+            root,
+            cgroup,
+            mount_point,
+            policies: BTreeMap::new(),
+            vms: BTreeMap::new(),
+            info: uapi::Info {
+                vendor: uapi::VENDOR_VMX,
+                enabled: 1,
+                supported: Exits::ALL.bits(),
+                ..uapi::Info::default()
+            },
+            refuse: None,
+        })
+    }
+
+    /// The directory that stands for `/`.
+    pub fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// The id of a cgroup below the one made for the test.
+    pub fn id(&self, below: &str) -> u64 {
+        id(&self.cgroup.join(below))
+    }
+
+    /// Runs the command. CGROUP in the arguments is the cgroup that was made for the test.
+    ///
+    /// In what is written, the names and ids of cgroups are replaced, and more than one space by
+    /// two, since the ids' width differs from host to host.
+    pub fn run(&mut self, arguments: &str) -> Run {
+        let name = self
+            .cgroup
+            .file_name()
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .to_owned();
+        let mut run = self.supervise(&arguments.replace("CGROUP", &name));
+        let ids = [(self.id("child"), "CHILD_ID"), (self.id(""), "CGROUP_ID")];
+        for text in [&mut run.stdout, &mut run.stderr] {
+            *text = text
+                .replace(&name, "CGROUP")
+                .split_inclusive('\n')
+                .map(|line| normal(line, &ids))
+                .collect();
+        }
+        run
+    }
+
+    fn supervise(&mut self, arguments: &str) -> Run {
+        let mut command = command(self.root.path(), arguments);
+        let (send, receive) = mpsc::channel();
+        // The filter holds for the thread that installs it, and for what that thread starts.
+        let runner = thread::spawn(move || {
+            send.send(listen()).unwrap();
+            command.output().unwrap()
+        });
+        let listener = receive.recv().unwrap().unwrap();
+        while let Some(notification) = next(&listener) {
+            let result = self.ioctl(&notification);
+            answer(&listener, notification.id, result);
+        }
+        runner.join().unwrap().into()
+    }
+
+    /// Answers a command as the contract says, with an errno if it fails.
+    fn ioctl(&mut self, notification: &libc::seccomp_notif) -> Result<(), i32> {
+        let [fd, number, pointer, ..] = notification.data.args;
+        let process = PathBuf::from(format!("/proc/{}", notification.pid));
+        let opened = fs::read_link(process.join(format!("fd/{fd}"))).unwrap();
+        assert_eq!(opened, self.root.path().join("dev/exitpolicy"));
+        if let Some(errno) = self.refuse {
+            return Err(errno);
+        }
+
+        let memory = File::options()
+            .read(true)
+            .write(true)
+            .open(process.join("mem"))
+            .unwrap();
+        let mut argument = Argument { memory, pointer };
+        let number = number as u32;
+        match number {
+            uapi::GET_INFO => {
+                argument.expect_size(size_of::<uapi::Info>());
+                let info = self.info;
+                argument.put32(offset_of!(uapi::Info, vendor), info.vendor);
+                argument.put32(offset_of!(uapi::Info, enabled), info.enabled);
+                argument.put64(offset_of!(uapi::Info, supported), info.supported);
+                argument.put64(offset_of!(uapi::Info, floor), info.floor);
+                argument.put64(offset_of!(uapi::Info, missed), info.missed);
+                argument.put64(offset_of!(uapi::Info, clamps), info.clamps);
+                let policies = self.policies.len() as u64;
+                argument.put64(offset_of!(uapi::Info, policies), policies);
+                argument.put64(offset_of!(uapi::Info, vms), self.vms.len() as u64);
+            }
+            uapi::SET_ENABLED => {
+                argument.expect_size(size_of::<uapi::Enabled>());
+                self.info.enabled = argument.get32(offset_of!(uapi::Enabled, enabled));
+            }
+            uapi::NEXT_POLICY => {
+                argument.expect_size(size_of::<uapi::Policy>());
+                let from = argument.get64(offset_of!(uapi::Policy, cgroup_id));
+                let next = self.policies.range(from + 1..).next();
+                let (id, policy) = next.ok_or(libc::ENOENT)?;
+                argument.put_policy(*id, *policy);
+            }
+            uapi::NEXT_VM | uapi::GET_VM => {
+                argument.expect_size(size_of::<uapi::Vm>());
+                let from = argument.get64(offset_of!(uapi::Vm, id));
+                let found = if number == uapi::GET_VM {
+                    self.vms.get(&from)
+                } else {
+                    self.vms.range(from + 1..).next().map(|(_, vm)| vm)
+                };
+                let vm = found.ok_or(libc::ENOENT)?;
+                argument.put64(offset_of!(uapi::Vm, id), vm.id);
+                argument.put64(offset_of!(uapi::Vm, cgroup_id), vm.cgroup_id);
+                argument.put32(offset_of!(uapi::Vm, pid), vm.pid);
+                argument.put32(offset_of!(uapi::Vm, vcpus), vm.vcpus);
+                argument.put64(offset_of!(uapi::Vm, floor), vm.floor);
+                argument.put64(offset_of!(uapi::Vm, requested), vm.requested);
+                argument.put64(offset_of!(uapi::Vm, effective), vm.effective);
+                argument.put64(offset_of!(uapi::Vm, clamped), vm.clamped);
+            }
+            _ => {
+                argument.expect_size(size_of::<uapi::Policy>());
+                let fd = argument.get32(offset_of!(uapi::Policy, cgroup_fd));
+                let directory = fs::read_link(process.join(format!("fd/{fd}"))).unwrap();
+                self.on_cgroup(number, &directory, &mut argument)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn on_cgroup(
+        &mut self,
+        number: u32,
+        directory: &Path,
+        argument: &mut Argument,
+    ) -> Result<(), i32> {
+        let cgroup = id(directory);
+        match number {
+            uapi::SET_POLICY => {
+                let flags = argument.get32(offset_of!(uapi::Policy, flags));
+                let set = |flag, offset| {
+                    let bits = argument.get64(offset);
+                    (flags & flag != 0).then(|| Exits::from_bits(bits).unwrap())
+                };
+                let disable = set(uapi::POLICY_DISABLE, offset_of!(uapi::Policy, disable));
+                let allow = set(uapi::POLICY_ALLOW, offset_of!(uapi::Policy, allow));
+                let policy = self.policies.entry(cgroup).or_insert(Policy::NEUTRAL);
+                *policy = policy.with(disable, allow);
+            }
+            uapi::GET_POLICY => {
+                let policy = *self.policies.get(&cgroup).ok_or(libc::ENOENT)?;
+                argument.put_policy(cgroup, policy);
+            }
+            uapi::CLEAR_POLICY => {
+                self.policies.remove(&cgroup).ok_or(libc::ENOENT)?;
+            }
+            uapi::RESOLVE_POLICY => {
+                let above = directory
+                    .ancestors()
+                    .take_while(|path| path.starts_with(&self.mount_point))
+                    .filter_map(|path| Some((id(path), *self.policies.get(&id(path))?)));
+                let Resolved {
+                    disable,
+                    allow,
+                    source,
+                } = Resolved::from_nearest_to_root(above);
+                argument.put_policy(source.unwrap_or(0), Policy { disable, allow });
+            }
+            _ => return Err(libc::ENOTTY),
+        }
+        Ok(())
+    }
+}
+
+/// One line with the ids named and its columns two spaces apart.
+fn normal(line: &str, ids: &[(u64, &str)]) -> String {
+    let indent = line.len() - line.trim_start_matches(' ').len();
+    let mut normal = line[..indent].to_owned();
+    let mut rest = &line[indent..];
+    while let Some(first) = rest.chars().next() {
+        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let spaces = rest.len() - rest.trim_start_matches(' ').len();
+        let taken = digits.max(spaces).max(first.len_utf8());
+        // A number is an id at the beginning of a line of a table, or where it is called so.
+        let before = normal.trim_end();
+        let is_id = before.is_empty() || before == "id" || before.ends_with("\"id\":");
+        let known = ids
+            .iter()
+            .find(|(id, _)| is_id && rest[..taken] == id.to_string());
+        normal += match known {
+            Some((_, name)) => name,
+            None if spaces > 2 => "  ",
+            None => &rest[..taken],
+        };
+        rest = &rest[taken..];
+    }
+    normal
+}
+
+fn id(cgroup: &Path) -> u64 {
+    // On 64-bit hosts a cgroup's inode number is its id.
+    fs::metadata(cgroup).unwrap().ino()
+}
+
+/// The structure in the command's memory.
+struct Argument {
+    memory: File,
+    pointer: u64,
+}
+
+impl Argument {
+    fn expect_size(&self, size: usize) {
+        assert_eq!(self.get32(0) as usize, size);
+    }
+
+    fn get32(&self, offset: usize) -> u32 {
+        let mut bytes = [0; 4];
+        self.memory
+            .read_exact_at(&mut bytes, self.pointer + offset as u64)
+            .unwrap();
+        u32::from_ne_bytes(bytes)
+    }
+
+    fn get64(&self, offset: usize) -> u64 {
+        let mut bytes = [0; 8];
+        self.memory
+            .read_exact_at(&mut bytes, self.pointer + offset as u64)
+            .unwrap();
+        u64::from_ne_bytes(bytes)
+    }
+
+    fn put32(&mut self, offset: usize, value: u32) {
+        self.memory
+            .write_all_at(&value.to_ne_bytes(), self.pointer + offset as u64)
+            .unwrap();
+    }
+
+    fn put64(&mut self, offset: usize, value: u64) {
+        self.memory
+            .write_all_at(&value.to_ne_bytes(), self.pointer + offset as u64)
+            .unwrap();
+    }
+
+    fn put_policy(&mut self, cgroup: u64, policy: Policy) {
+        self.put64(offset_of!(uapi::Policy, cgroup_id), cgroup);
+        self.put64(offset_of!(uapi::Policy, disable), policy.disable.bits());
+        self.put64(offset_of!(uapi::Policy, allow), policy.allow.bits());
+    }
+}
+
+/// Makes the kernel ask about each ioctl with the magic number of `/dev/exitpolicy`, in this
+/// thread and in what it starts.
+fn listen() -> io::Result<OwnedFd> {
+    const IOCTL: u32 = libc::SYS_ioctl as u32;
+    const MAGIC: u32 = uapi::GET_INFO;
+
+    // Offsets in struct seccomp_data: nr, and the low half of args[1].
+    let load = |offset| statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset);
+    let unless = |value, skip| libc::sock_filter {
+        jf: skip,
+        ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, value)
+    };
+    let filter = [
+        load(0),
+        unless(IOCTL, 4),
+        load(24),
+        statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, !0xff),
+        unless(MAGIC, 1),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_USER_NOTIF),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_ptr().cast_mut(),
+    };
+    // SAFETY: Plain numbers.
+    if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: The program points to a filter of its length; the kernel copies it.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+            &program,
+        )
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: The kernel just made it, and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+fn statement(code: u32, k: u32) -> libc::sock_filter {
+    libc::sock_filter {
+        code: code as u16,
+        jt: 0,
+        jf: 0,
+        k,
+    }
+}
+
+/// The next ioctl, or nothing when all that the filter holds for have ended.
+fn next(listener: &OwnedFd) -> Option<libc::seccomp_notif> {
+    let mut poll = libc::pollfd {
+        fd: listener.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: One structure, which lives through the call.
+    assert_eq!(unsafe { libc::poll(&mut poll, 1, -1) }, 1);
+    if poll.revents & libc::POLLIN == 0 {
+        return None;
+    }
+    // SAFETY: Plain numbers, for which zero is valid.
+    let mut notification: libc::seccomp_notif = unsafe { zeroed() };
+    // SAFETY: The command fills a structure of this type, which has to be zero before.
+    let result = unsafe {
+        libc::ioctl(
+            listener.as_raw_fd(),
+            libc::SECCOMP_IOCTL_NOTIF_RECV,
+            &mut notification,
+        )
+    };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    Some(notification)
+}
+
+fn answer(listener: &OwnedFd, id: u64, result: Result<(), i32>) {
+    let mut response = libc::seccomp_notif_resp {
+        id,
+        val: 0,
+        error: result.err().map_or(0, |errno| -errno),
+        flags: 0,
+    };
+    // SAFETY: The command reads a structure of this type.
+    let result = unsafe {
+        libc::ioctl(
+            listener.as_raw_fd(),
+            libc::SECCOMP_IOCTL_NOTIF_SEND,
+            &mut response,
+        )
+    };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
