@@ -8,8 +8,11 @@ DESTDIR ?=
 
 BUILD := build
 CARGO := cargo
-# Static, so that the command runs in any lab host and rescue system.
-CARGO_FLAGS := --locked --release --manifest-path tools/Cargo.toml --target-dir $(BUILD)/cargo
+# Static, so that the command runs in any lab host and rescue system. The target
+# is named to keep the flags from procedural macros, which cannot be static.
+TARGET := x86_64-unknown-linux-gnu
+CARGO_FLAGS := --locked --release --manifest-path tools/Cargo.toml --target-dir $(BUILD)/cargo \
+	--target $(TARGET)
 export RUSTFLAGS := -C target-feature=+crt-static
 
 define help
@@ -56,7 +59,7 @@ module:
 
 command:
 	$(CARGO) build $(CARGO_FLAGS) --package exitpolicy
-	@cp $(BUILD)/cargo/release/exitpolicy $(BUILD)/exitpolicy
+	@cp $(BUILD)/cargo/$(TARGET)/release/exitpolicy $(BUILD)/exitpolicy
 
 man: command
 	@mkdir -p $(BUILD)/man $(BUILD)/completions
@@ -67,6 +70,7 @@ man: command
 
 tests:
 	$(CARGO) build $(CARGO_FLAGS) --package testing
+	@cp $(addprefix $(BUILD)/cargo/$(TARGET)/release/,exitpolicy-vmtest tinyvmm) $(BUILD)/
 
 # --- in emulated hosts --------------------------------------------------------
 
