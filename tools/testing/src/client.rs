@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The test's end of a VMM process ([`crate::server`]).
+
+use std::{
+    io::{self, BufRead, BufReader, Write},
+    os::unix::process::ExitStatusExt,
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+};
+
+use anyhow::{bail, ensure, Context, Result};
+use exitpolicy_policy::Exits;
+
+use crate::{
+    cgroup::Cgroup,
+    exits::Counter,
+    payload::Payload,
+    server::{Answer, Request},
+    vmm::{ensure_complete, Report, Work},
+};
+
+/// The argument that makes the test program a VMM.
+pub const SERVE: &str = "--serve-as-vmm";
+
+/// A VMM process. It dies with the value.
+pub struct Vmm {
+    child: Child,
+    requests: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+/// A thread of a VMM, and the vCPU in it once there is one.
+#[derive(Clone, Copy, Debug)]
+pub struct Thread {
+    pub number: usize,
+    pub tid: i32,
+}
+
+impl Vmm {
+    /// Starts a VMM in `cgroup`.
+    pub fn start(cgroup: &Cgroup) -> Result<Self> {
+        let vmm = Self::start_here()?;
+        cgroup.add_process(vmm.pid())?;
+        Ok(vmm)
+    }
+
+    /// Starts a VMM in the cgroup of the test.
+    pub fn start_here() -> Result<Self> {
+        let mut child = Command::new("/proc/self/exe")
+            .arg(SERVE)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start a VMM")?;
+        let requests = child.stdin.take().context("no pipe")?;
+        let answers = BufReader::new(child.stdout.take().context("no pipe")?);
+        Ok(Self {
+            child,
+            requests,
+            answers,
+        })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    /// Asks, and takes the answer as it comes. `Err` means that the VMM is in trouble.
+    pub fn ask(&mut self, request: &Request) -> Result<Answer> {
+        self.send(request)?;
+        self.receive()
+    }
+
+    /// Asks without waiting for an answer.
+    pub fn send(&mut self, request: &Request) -> Result<()> {
+        writeln!(self.requests, "{}", serde_json::to_string(request)?)?;
+        Ok(self.requests.flush()?)
+    }
+
+    /// The answer to what was asked with [`Vmm::send`].
+    pub fn receive(&mut self) -> Result<Answer> {
+        let mut line = String::new();
+        self.answers.read_line(&mut line)?;
+        ensure!(!line.is_empty(), "the VMM is gone");
+        Ok(serde_json::from_str(&line)?)
+    }
+
+    /// Asks for something that must work.
+    fn expect(&mut self, request: &Request) -> Result<Answer> {
+        match self.ask(request)? {
+            Answer::Failed { errno: 0, message } => bail!("{request:?}: {message}"),
+            Answer::Failed { errno, message } => {
+                Err(io::Error::from_raw_os_error(errno)).context(format!("{request:?}: {message}"))
+            }
+            answer => Ok(answer),
+        }
+    }
+
+    /// KVM_CREATE_VM.
+    pub fn create_vm(&mut self) -> Result<usize> {
+        match self.expect(&Request::CreateVm)? {
+            Answer::Number(vm) => Ok(vm),
+            other => bail!("not an answer: {other:?}"),
+        }
+    }
+
+    /// KVM_ENABLE_CAP(KVM_CAP_X86_DISABLE_EXITS).
+    pub fn disable_exits(&mut self, vm: usize, exits: Exits) -> Result<()> {
+        let bits = exits.bits();
+        self.expect(&Request::DisableExits { vm, bits }).map(drop)
+    }
+
+    /// A new thread.
+    pub fn thread(&mut self) -> Result<Thread> {
+        match self.expect(&Request::Thread)? {
+            Answer::Thread { thread, tid } => Ok(Thread {
+                number: thread,
+                tid,
+            }),
+            other => bail!("not an answer: {other:?}"),
+        }
+    }
+
+    /// KVM_CREATE_VCPU in a new thread.
+    pub fn create_vcpu(&mut self, vm: usize, index: usize) -> Result<Thread> {
+        let thread = self.thread()?;
+        self.create_vcpus(&[(thread, vm, index)])?;
+        Ok(thread)
+    }
+
+    /// KVM_CREATE_VCPU in several threads at once.
+    pub fn create_vcpus(&mut self, vcpus: &[(Thread, usize, usize)]) -> Result<()> {
+        let vcpus = vcpus.iter().map(|(t, vm, index)| (t.number, *vm, *index));
+        let request = Request::CreateVcpus(vcpus.collect());
+        match self.expect(&request)? {
+            Answer::Outcomes(errnos) => match errnos.iter().find(|errno| **errno != 0) {
+                None => Ok(()),
+                Some(errno) => Err(io::Error::from_raw_os_error(*errno)).context("KVM_CREATE_VCPU"),
+            },
+            other => bail!("not an answer: {other:?}"),
+        }
+    }
+
+    /// KVM_CREATE_VCPU that fails after the vendor module made the vCPU. Gives the errno.
+    pub fn fail_to_create_vcpu(&mut self, thread: Thread, vm: usize, index: usize) -> Result<i32> {
+        let thread = thread.number;
+        match self.expect(&Request::CreateVcpuWithoutFile { thread, vm, index })? {
+            Answer::Outcomes(errnos) => Ok(errnos[0]),
+            other => bail!("not an answer: {other:?}"),
+        }
+    }
+
+    /// Runs a vCPU to the end of its work.
+    pub fn run(&mut self, vcpu: Thread, work: Work) -> Result<Report> {
+        let vcpu = vcpu.number;
+        let report = self.report(&Request::Run { vcpu, work })?;
+        ensure_complete(work, &report)?;
+        Ok(report)
+    }
+
+    /// Runs a vCPU to the end of `count` executions, and counts the exits that this took.
+    pub fn count(&mut self, vcpu: Thread, payload: Payload, count: u32) -> Result<Counted> {
+        let counter = Counter::start(vcpu.tid)?;
+        let report = self.run(vcpu, Work::new(payload, count))?;
+        let exits = counter.finish()?;
+        Ok(Counted { report, exits })
+    }
+
+    /// Runs a vCPU in the background.
+    pub fn start_run(&mut self, vcpu: Thread, work: Work) -> Result<()> {
+        let vcpu = vcpu.number;
+        self.expect(&Request::Start { vcpu, work }).map(drop)
+    }
+
+    /// Executions of a vCPU that runs in the background.
+    pub fn progress(&mut self, vcpu: Thread) -> Result<usize> {
+        let vcpu = vcpu.number;
+        match self.expect(&Request::Progress { vcpu })? {
+            Answer::Number(executed) => Ok(executed),
+            other => bail!("not an answer: {other:?}"),
+        }
+    }
+
+    /// Stops a vCPU that runs in the background.
+    pub fn stop(&mut self, vcpu: Thread) -> Result<Report> {
+        let vcpu = vcpu.number;
+        self.report(&Request::Stop { vcpu })
+    }
+
+    fn report(&mut self, request: &Request) -> Result<Report> {
+        match self.expect(request)? {
+            Answer::Report(report) => Ok(report),
+            other => bail!("not an answer: {other:?}"),
+        }
+    }
+
+    /// Closes a VM and its vCPUs.
+    pub fn close(&mut self, vm: usize) -> Result<()> {
+        self.expect(&Request::Close { vm }).map(drop)
+    }
+
+    /// Kills the VMM, in the middle of whatever it does.
+    pub fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        let status = self.child.wait()?;
+        ensure!(
+            status.signal() == Some(libc::SIGKILL),
+            "the VMM ended by itself: {status}"
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A run, and the exits that it took.
+#[derive(Debug)]
+pub struct Counted {
+    pub report: Report,
+    pub exits: crate::exits::Counts,
+}

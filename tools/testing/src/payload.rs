@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the guests do: 64-bit code that executes one kind of instruction a number of times.
+//!
+//! The code is assembled into this program and copied into the guest. It finds its [`Params`] at
+//! the address in R15, which nothing here ever changes, and ends with a write to [`DONE_PORT`].
+
+use std::{mem::offset_of, slice};
+
+use exitpolicy_policy::Exits;
+use serde::{Deserialize, Serialize};
+
+/// The port that the guest writes to when it is done.
+pub const DONE_PORT: u16 = 0xf4;
+/// The interrupt that ends a HLT or MWAIT.
+pub const TIMER_VECTOR: usize = 0x40;
+/// RDMSR of something that the CPU or KVM does not have.
+pub const GP_VECTOR: usize = 13;
+/// MONITOR or MWAIT where the CPU or KVM does not have it.
+pub const UD_VECTOR: usize = 6;
+
+/// Which instruction the guest executes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[repr(u32)]
+pub enum Payload {
+    /// MONITOR and MWAIT, ended by the LAPIC's timer.
+    Mwait = 0,
+    /// HLT, ended by the LAPIC's timer.
+    Hlt = 1,
+    /// PAUSE in a tight loop.
+    Pause = 2,
+    /// RDMSR of the four residency counters that KVM can pass through, in turn.
+    Cstate = 3,
+    /// RDMSR of APERF and MPERF, in turn.
+    Aperfmperf = 4,
+    /// Nothing: the guest only tells what CPUID it sees.
+    Nothing = 5,
+}
+
+impl Payload {
+    /// One for each exit, in the order of [`Exits::NAMES`].
+    pub const EXITS: [Self; 5] = [
+        Self::Mwait,
+        Self::Hlt,
+        Self::Pause,
+        Self::Cstate,
+        Self::Aperfmperf,
+    ];
+
+    /// The exit that KVM can disable and this payload provokes.
+    pub fn exit(self) -> Exits {
+        match self {
+            Self::Mwait => Exits::MWAIT,
+            Self::Hlt => Exits::HLT,
+            Self::Pause => Exits::PAUSE,
+            Self::Cstate => Exits::CSTATE,
+            Self::Aperfmperf => Exits::APERFMPERF,
+            Self::Nothing => Exits::NONE,
+        }
+    }
+}
+
+/// What the guest is told, and what it tells. One page of the guest, its stack at the end.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Params {
+    pub payload: u32,
+    /// How many executions.
+    pub count: u32,
+    /// Timer ticks until a HLT or MWAIT ends.
+    pub ticks: u32,
+    /// Executions so far.
+    pub executed: u32,
+    /// #GP so far.
+    pub gp: u32,
+    /// #UD so far.
+    pub ud: u32,
+    /// Timer interrupts so far.
+    pub interrupts: u32,
+    /// EAX of KVM_CPUID_FEATURES.
+    pub kvm_features: u32,
+    /// ECX of CPUID leaf 1.
+    pub cpuid1_ecx: u32,
+    /// ECX of CPUID leaf 6.
+    pub cpuid6_ecx: u32,
+}
+
+core::arch::global_asm!(
+    ".pushsection .rodata.exitpolicy_guest, \"a\"",
+    ".balign 16",
+    // Global: the compiler may put what uses them into another object.
+    ".globl exitpolicy_guest_start",
+    "exitpolicy_guest_start:",
+    "cli",
+    // What the guest sees of the host.
+    "mov eax, 0x40000001",
+    "xor ecx, ecx",
+    "cpuid",
+    "mov [r15 + {kvm_features}], eax",
+    "mov eax, 1",
+    "xor ecx, ecx",
+    "cpuid",
+    "mov [r15 + {cpuid1_ecx}], ecx",
+    "mov eax, 6",
+    "xor ecx, ecx",
+    "cpuid",
+    "mov [r15 + {cpuid6_ecx}], ecx",
+    // The VMM has put the LAPIC into x2APIC mode.
+    "xor edx, edx",
+    "mov ecx, 0x80f", // spurious interrupt vector: APIC enabled
+    "mov eax, 0x1ff",
+    "wrmsr",
+    "mov ecx, 0x83e", // timer divide configuration: by 1
+    "mov eax, 0xb",
+    "wrmsr",
+    "mov ecx, 0x832", // timer LVT: one-shot
+    "mov eax, {timer_vector}",
+    "wrmsr",
+    "mov ebx, [r15 + {count}]",
+    "test ebx, ebx",
+    "jz 9f",
+    "mov eax, [r15 + {payload}]",
+    "cmp eax, {mwait}",
+    "je 70f",
+    "cmp eax, {hlt}",
+    "je 20f",
+    "cmp eax, {pause}",
+    "je 30f",
+    "cmp eax, {cstate}",
+    "je 40f",
+    "cmp eax, {aperfmperf}",
+    "je 50f",
+    "jmp 9f",
+    // STI keeps interrupts off for one more instruction, so the timer cannot end a HLT or MWAIT
+    // before it began.
+    "70:",
+    "mov ecx, 0x838", // timer initial count
+    "mov eax, [r15 + {ticks}]",
+    "xor edx, edx",
+    "wrmsr",
+    "lea rax, [r15 + {monitored}]",
+    "xor ecx, ecx",
+    "xor edx, edx",
+    "monitor",
+    "xor eax, eax",
+    "xor ecx, ecx",
+    "sti",
+    "mwait",
+    "cli",
+    "inc dword ptr [r15 + {executed}]",
+    "dec ebx",
+    "jnz 70b",
+    "jmp 9f",
+    "20:",
+    "mov ecx, 0x838",
+    "mov eax, [r15 + {ticks}]",
+    "xor edx, edx",
+    "wrmsr",
+    "sti",
+    "hlt",
+    "cli",
+    "inc dword ptr [r15 + {executed}]",
+    "dec ebx",
+    "jnz 20b",
+    "jmp 9f",
+    "30:",
+    "pause",
+    "inc dword ptr [r15 + {executed}]",
+    "dec ebx",
+    "jnz 30b",
+    "jmp 9f",
+    "40:",
+    "mov ecx, 0x660",
+    "call 60f",
+    "mov ecx, 0x3fc",
+    "call 60f",
+    "mov ecx, 0x3fd",
+    "call 60f",
+    "mov ecx, 0x3fe",
+    "call 60f",
+    "jmp 40b",
+    "50:",
+    "mov ecx, 0xe8",
+    "call 60f",
+    "mov ecx, 0xe7",
+    "call 60f",
+    "jmp 50b",
+    // One RDMSR; the last one does not return.
+    "60:",
+    "rdmsr",
+    "inc dword ptr [r15 + {executed}]",
+    "dec ebx",
+    "jz 9f",
+    "ret",
+    "9:",
+    "mov dx, {done_port}",
+    "xor eax, eax",
+    "out dx, al",
+    "jmp 9b",
+    ".globl exitpolicy_guest_timer",
+    "exitpolicy_guest_timer:",
+    "push rax",
+    "push rcx",
+    "push rdx",
+    "inc dword ptr [r15 + {interrupts}]",
+    "mov ecx, 0x80b", // EOI
+    "xor eax, eax",
+    "xor edx, edx",
+    "wrmsr",
+    "pop rdx",
+    "pop rcx",
+    "pop rax",
+    "iretq",
+    ".globl exitpolicy_guest_gp",
+    "exitpolicy_guest_gp:",
+    "inc dword ptr [r15 + {gp}]",
+    "add qword ptr [rsp + 8], 2", // past RDMSR
+    "add rsp, 8",                 // the error code
+    "iretq",
+    ".globl exitpolicy_guest_ud",
+    "exitpolicy_guest_ud:",
+    "inc dword ptr [r15 + {ud}]",
+    "add qword ptr [rsp], 3", // past MONITOR or MWAIT
+    "iretq",
+    ".globl exitpolicy_guest_end",
+    "exitpolicy_guest_end:",
+    ".popsection",
+    payload = const offset_of!(Params, payload),
+    count = const offset_of!(Params, count),
+    ticks = const offset_of!(Params, ticks),
+    executed = const offset_of!(Params, executed),
+    gp = const offset_of!(Params, gp),
+    ud = const offset_of!(Params, ud),
+    interrupts = const offset_of!(Params, interrupts),
+    kvm_features = const offset_of!(Params, kvm_features),
+    cpuid1_ecx = const offset_of!(Params, cpuid1_ecx),
+    cpuid6_ecx = const offset_of!(Params, cpuid6_ecx),
+    // A cache line of its own, so that nothing but an interrupt ends the MWAIT.
+    monitored = const 0x400,
+    mwait = const Payload::Mwait as u32,
+    hlt = const Payload::Hlt as u32,
+    pause = const Payload::Pause as u32,
+    cstate = const Payload::Cstate as u32,
+    aperfmperf = const Payload::Aperfmperf as u32,
+    timer_vector = const TIMER_VECTOR,
+    done_port = const DONE_PORT,
+);
+
+extern "C" {
+    static exitpolicy_guest_start: u8;
+    static exitpolicy_guest_timer: u8;
+    static exitpolicy_guest_gp: u8;
+    static exitpolicy_guest_ud: u8;
+    static exitpolicy_guest_end: u8;
+}
+
+/// The guest's code, and where in it the interrupt handlers begin.
+pub struct Code {
+    pub bytes: &'static [u8],
+    /// Vector, and offset of its handler in `bytes`.
+    pub handlers: [(usize, usize); 3],
+}
+
+/// The code that every guest runs.
+pub fn code() -> Code {
+    let start = &raw const exitpolicy_guest_start;
+    let offset = |label: *const u8| label.addr() - start.addr();
+    let length = offset(&raw const exitpolicy_guest_end);
+    // SAFETY: The labels stand in this order around one piece of read-only data of this program,
+    // assembled above.
+    let bytes = unsafe { slice::from_raw_parts(start, length) };
+    Code {
+        bytes,
+        handlers: [
+            (TIMER_VECTOR, offset(&raw const exitpolicy_guest_timer)),
+            (GP_VECTOR, offset(&raw const exitpolicy_guest_gp)),
+            (UD_VECTOR, offset(&raw const exitpolicy_guest_ud)),
+        ],
+    }
+}

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Cgroups and their policies in great numbers.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use anyhow::{ensure, Context, Result};
+use exitpolicy_policy::Exits;
+use nix::{
+    sched::{unshare, CloneFlags},
+    unistd::getpid,
+};
+use testing::{
+    cgroup::{self, Cgroup},
+    interface::{self, ioctl, sysfs, Snapshot},
+    soon,
+    uapi::Device,
+};
+
+use crate::{child::in_child, is_slow_host, Test};
+
+/// Policies that fit.
+const MANY: usize = 100_000;
+/// The same on a slow host.
+const FEWER: usize = 5_000;
+
+pub fn tests() -> Result<Vec<Test>> {
+    let many = if is_slow_host()? { FEWER } else { MANY };
+    let come_and_go = many / 10;
+    Ok(vec![
+        Test::new("cgroups::name_used_again", name_used_again),
+        Test::new("cgroups::policy_and_children", policy_and_children),
+        Test::new("cgroups::namespaces", namespaces),
+        Test::new(
+            format!("cgroups::{come_and_go}_policies_come_and_go"),
+            move || come_and_go_without_leak(come_and_go),
+        ),
+        Test::new(format!("cgroups::{many}_policies_fit"), move || fit(many)),
+    ])
+}
+
+/// A cgroup that bears the name of a removed one has no policy.
+fn name_used_again() -> Result<()> {
+    let first = Cgroup::new("again")?;
+    let first_id = first.id()?;
+    ioctl::set_policy(&first, Exits::ALL, Exits::NONE)?;
+    first.remove()?;
+    let second = Cgroup::new("again")?;
+    ensure!(second.id()? != first_id, "the id was used again");
+    ensure!(
+        ioctl::policy(&second)?.is_none(),
+        "the policy was inherited from the dead"
+    );
+    interface::ensure_empty()
+}
+
+/// A policy neither keeps its cgroup from being removed, nor goes with a child.
+fn policy_and_children() -> Result<()> {
+    let parent = Cgroup::new("parent")?;
+    let child = parent.child("child")?;
+    ioctl::set_policy(&parent, Exits::HLT, Exits::ALL)?;
+    let before = Snapshot::take()?;
+    ioctl::set_policy(&child, Exits::NONE, Exits::ALL)?;
+    ensure!(
+        sysfs::policy_ids()?.len() == 2,
+        "{:?}",
+        sysfs::policy_ids()?
+    );
+    child.remove()?;
+    ensure!(
+        soon(|| Ok(sysfs::policy_ids()? == [parent.id()?]))?,
+        "{:?}",
+        sysfs::policy_ids()?
+    );
+    before.ensure_unchanged()
+}
+
+/// Paths in sysfs are those of the reader's and writer's cgroup namespace.
+fn namespaces() -> Result<()> {
+    let inside = Cgroup::new("inside")?;
+    let child = inside.child("child")?;
+    let outside = Cgroup::new("outside")?;
+    ioctl::set_policy(&outside, Exits::HLT, Exits::ALL)?;
+    let path_of = |cgroup: &Cgroup| interface::read(sysfs::policy_directory(cgroup)?.join("path"));
+    in_child(|| {
+        inside.add_process(getpid().as_raw())?;
+        unshare(CloneFlags::CLONE_NEWCGROUP)?;
+        fs::write(Path::new(interface::SYSFS).join("attach"), "/child")?;
+        let mut wrong = Vec::new();
+        for (cgroup, expected) in [(&child, "/child"), (&outside, "removed")] {
+            let path = path_of(cgroup)?;
+            if path != expected {
+                wrong.push(format!("{path}, should be {expected}"));
+            }
+        }
+        Ok(wrong)
+    })?;
+    let path = path_of(&child)?;
+    ensure!(path == child.path(), "outside of it: {path}");
+    Ok(())
+}
+
+/// Objects in use in those slab caches that the module allocates from, directly or not.
+fn slab() -> Result<BTreeMap<String, u64>> {
+    let mut objects = BTreeMap::new();
+    for line in fs::read_to_string("/proc/slabinfo")?.lines().skip(2) {
+        let mut words = line.split_whitespace();
+        let (Some(name), Some(active)) = (words.next(), words.next()) else {
+            continue;
+        };
+        let ours = name == "kernfs_node_cache"
+            || name == "kernfs_iattrs_cache"
+            || name == "radix_tree_node"
+            || name == "maple_node"
+            || name.starts_with("kmalloc-");
+        if ours {
+            objects.insert(name.to_string(), active.parse()?);
+        }
+    }
+    ensure!(!objects.is_empty(), "no slab cache is known");
+    Ok(objects)
+}
+
+/// Makes `count` cgroups with policies and removes them again, some hundreds at a time, so that
+/// the number that exists at once is the same in each round.
+fn come_and_go(count: usize) -> Result<()> {
+    const AT_ONCE: usize = 500;
+    let device = Device::open()?;
+    let parent = Cgroup::new("many")?;
+    for _ in 0..count / AT_ONCE {
+        let cgroups = (0..AT_ONCE)
+            .map(|number| {
+                let cgroup = parent.child(&number.to_string())?;
+                ioctl::set_policy(&cgroup, Exits::HLT, !Exits::PAUSE)?;
+                Ok(cgroup)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let info = device.info()?;
+        ensure!(
+            info.policies >= AT_ONCE as u64,
+            "only {} policies",
+            info.policies
+        );
+        drop(cgroups);
+    }
+    drop(parent);
+    interface::ensure_empty()?;
+    ensure!(
+        soon(|| Ok(cgroup::dying()? == 0))?,
+        "{} cgroups are removed and do not go",
+        cgroup::dying()?
+    );
+    Ok(())
+}
+
+/// What a policy costs is given back when its cgroup goes, without anyone asking for it.
+fn come_and_go_without_leak(count: usize) -> Result<()> {
+    // Caches, per CPU and of names, fill first.
+    come_and_go(count / 5)?;
+    let before = slab()?;
+    come_and_go(count)?;
+    // Freed objects are counted as active while they wait for RCU or in a CPU's cache. One object
+    // leaked for each cgroup would be `count`; half of it is far more than waits there.
+    let limit = count as u64 / 2;
+    let grown = || -> Result<Vec<String>> {
+        let now = slab()?;
+        let grown = now.iter().filter(|(name, objects)| {
+            let before = before.get(*name).copied().unwrap_or(0);
+            **objects > before + limit
+        });
+        Ok(grown
+            .map(|(name, objects)| format!("{name}: {:?} to {objects}", before.get(name)))
+            .collect())
+    };
+    ensure!(
+        soon(|| Ok(grown()?.is_empty()))?,
+        "grown by more than {limit} objects: {:?}",
+        grown()?
+    );
+    Ok(())
+}
+
+/// So many policies at once, each of them found again.
+fn fit(count: usize) -> Result<()> {
+    let device = Device::open()?;
+    let parent = Cgroup::new("fit")?;
+    let mut cgroups = Vec::with_capacity(count);
+    for number in 0..count {
+        let cgroup = parent.child(&number.to_string())?;
+        let disable = Exits::from_bits_truncate(number as u64);
+        ioctl::set_policy(&cgroup, disable, Exits::ALL)
+            .with_context(|| format!("policy {number}"))?;
+        cgroups.push(cgroup);
+    }
+    ensure!(
+        device.info()?.policies == count as u64,
+        "{:?}",
+        device.info()?
+    );
+    let by_iteration = device.policies()?;
+    ensure!(
+        by_iteration.len() == count,
+        "{} by iteration",
+        by_iteration.len()
+    );
+    ensure!(
+        by_iteration
+            .windows(2)
+            .all(|pair| pair[0].cgroup_id < pair[1].cgroup_id),
+        "not in the order of their ids"
+    );
+    for (number, cgroup) in cgroups.iter().enumerate().step_by(97) {
+        let disable = Exits::from_bits_truncate(number as u64);
+        ensure!(
+            ioctl::policy(cgroup)? == Some((disable, Exits::ALL)),
+            "policy {number}"
+        );
+    }
+    ensure!(
+        soon(|| Ok(sysfs::policy_ids()?.len() == count))?,
+        "{} in sysfs",
+        sysfs::policy_ids()?.len()
+    );
+    drop(cgroups);
+    Ok(())
+}

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A child process that is someone else than the test.
+
+use std::fs;
+
+use anyhow::{ensure, Result};
+use nix::{
+    mount::{mount, MsFlags},
+    sched::{unshare, CloneFlags},
+    sys::wait::{waitpid, WaitStatus},
+    unistd::{chroot, fork, ForkResult},
+};
+
+/// Runs `body` in a child process and fails with what it found wrong.
+pub fn in_child(body: impl FnOnce() -> Result<Vec<String>>) -> Result<()> {
+    // SAFETY: This process has one thread: the tests run in the main thread, one at a time.
+    match unsafe { fork() }? {
+        ForkResult::Parent { child } => {
+            let status = waitpid(child, None)?;
+            ensure!(
+                matches!(status, WaitStatus::Exited(_, 0)),
+                "the child found something wrong, see above: {status:?}"
+            );
+            Ok(())
+        }
+        ForkResult::Child => {
+            let wrong = body().unwrap_or_else(|error| vec![format!("{error:?}")]);
+            for line in &wrong {
+                eprintln!("    {line}");
+            }
+            // SAFETY: Ends the process without running what belongs to the parent, such as the
+            // destructors of its cgroups.
+            unsafe { libc::_exit(i32::from(!wrong.is_empty())) }
+        }
+    }
+}
+
+/// Nobody may make a user namespace whose root directory is not that of the mount namespace, and
+/// the amd host runs commands in a chroot. Moves that root to where the real one is.
+pub fn leave_chroot() -> Result<()> {
+    let identity = |path: &str| -> Result<(u64, u64)> {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = fs::metadata(path)?;
+        Ok((metadata.dev(), metadata.ino()))
+    };
+    if identity("/")? == identity("/proc/1/root/")? {
+        return Ok(());
+    }
+    std::env::set_current_dir("/")?;
+    chroot("/proc/1/root")?;
+    // Only now: the root directory and the current one go along into the new namespace.
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let flags = MsFlags::MS_MOVE;
+    mount(Some("."), "/", None::<&str>, flags, None::<&str>)?;
+    Ok(chroot(".")?)
+}

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The module and KVM's vendor module come and go, VMs or not.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{bail, ensure, Context, Result};
+use exitpolicy_policy::Exits;
+use nix::errno::Errno;
+use testing::{
+    cgroup::Cgroup,
+    client::Vmm,
+    exits::Vendor,
+    interface::{self, ioctl, sysfs},
+    modules::{self, EXITPOLICY},
+    payload::Payload,
+    pause, soon,
+    uapi::Device,
+    vmm::Work,
+};
+
+use crate::{
+    churn::{Churned, CHURN},
+    is_slow_host,
+    matrix::{check_guest, floor},
+    Test,
+};
+
+pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
+    let rounds = if is_slow_host()? { 12 } else { 100 };
+    Ok(vec![
+        Test::new("lifecycle::running_vm_keeps_its_exits", move || {
+            running_vm_keeps_its_exits(vendor)
+        }),
+        Test::new("lifecycle::vm_older_than_the_module", move || {
+            vm_older_than_the_module(vendor)
+        }),
+        Test::new("lifecycle::device_in_use", device_in_use),
+        Test::new("lifecycle::nothing_is_left_after_unload", move || {
+            nothing_is_left_after_unload(vendor)
+        }),
+        Test::new("lifecycle::vendor_comes_and_goes", move || {
+            vendor_comes_and_goes(vendor)
+        }),
+        Test::new(format!("lifecycle::every_order_{rounds}_times"), move || {
+            every_order(vendor, rounds)
+        }),
+    ])
+}
+
+/// rmmod while a guest runs, with exits disabled by a policy and by nobody.
+fn running_vm_keeps_its_exits(vendor: Vendor) -> Result<()> {
+    for disable in [Exits::HLT, Exits::NONE] {
+        let effective = floor(vendor)? | disable;
+        let cgroup = Cgroup::new("own")?;
+        ioctl::set_policy(&cgroup, disable, Exits::ALL)?;
+        let mut vmm = Vmm::start(&cgroup)?;
+        let vm = vmm.create_vm()?;
+        let vcpu = vmm.create_vcpu(vm, 0)?;
+        vmm.start_run(vcpu, Work::new(Payload::Hlt, u32::MAX))?;
+        ensure!(soon(|| Ok(vmm.progress(vcpu)? > 10))?, "the guest is stuck");
+
+        modules::unload(EXITPOLICY)?;
+        let progress = vmm.progress(vcpu)?;
+        ensure!(
+            soon(|| Ok(vmm.progress(vcpu)? > progress + 10))?,
+            "the guest is stuck since the module is gone"
+        );
+        vmm.stop(vcpu)?;
+        check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, effective)
+            .context("after the module was unloaded")?;
+
+        modules::load(EXITPOLICY)?;
+        // The policies went with the module.
+        interface::ensure_empty()?;
+        ioctl::set_policy(&cgroup, Exits::HLT, Exits::NONE)?;
+        let second = vmm.create_vcpu(vm, 1)?;
+        ensure!(ioctl::vms()?.is_empty(), "{:?}", ioctl::vms()?);
+        for vcpu in [vcpu, second] {
+            check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, effective)
+                .context("after the module was loaded again")?;
+        }
+        vmm.kill()?;
+        interface::ensure_no_vms()?;
+        ioctl::clear_policy(&cgroup)?;
+    }
+    Ok(())
+}
+
+/// A VM that was there before the module is left alone, and so is its end.
+fn vm_older_than_the_module(vendor: Vendor) -> Result<()> {
+    let floor = floor(vendor)?;
+    modules::unload(EXITPOLICY)?;
+    let cgroup = Cgroup::new("own")?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    let vcpu = vmm.create_vcpu(vm, 0)?;
+    modules::load(EXITPOLICY)?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let second = vmm.create_vcpu(vm, 1)?;
+    ensure!(ioctl::vms()?.is_empty(), "{:?}", ioctl::vms()?);
+    for vcpu in [vcpu, second] {
+        check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, floor)?;
+    }
+    vmm.close(vm)?;
+    // The same process's next VM is no older than the module.
+    let vm = vmm.create_vm()?;
+    let vcpu = vmm.create_vcpu(vm, 0)?;
+    ensure!(interface::only_vm()?.requested.is_empty(), "requested");
+    check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, floor | Exits::HLT)
+}
+
+/// Who has the device open keeps the module, and nobody else does.
+fn device_in_use() -> Result<()> {
+    let device = Device::open()?;
+    ensure!(
+        modules::unload(EXITPOLICY) == Err(Errno::EWOULDBLOCK),
+        "the module was unloaded from under an open file"
+    );
+    device.info()?;
+    drop(device);
+    modules::unload(EXITPOLICY)?;
+    modules::load(EXITPOLICY)
+}
+
+/// After rmmod the host is as it was: no hook, no device, no directory, no effect.
+fn nothing_is_left_after_unload(vendor: Vendor) -> Result<()> {
+    let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::NONE)?;
+    modules::unload(EXITPOLICY)?;
+    for path in [interface::SYSFS, testing::uapi::DEVICE] {
+        ensure!(!std::path::Path::new(path).exists(), "{path} is left");
+    }
+    let hooked = crate::tracing::hooked_functions()?;
+    ensure!(hooked.is_empty(), "hooks are left: {hooked:?}");
+    for requested in [Exits::NONE, Exits::HLT] {
+        let mut vmm = Vmm::start(&cgroup)?;
+        let vm = vmm.create_vm()?;
+        if !requested.is_empty() {
+            vmm.disable_exits(vm, requested)?;
+        }
+        let vcpu = vmm.create_vcpu(vm, 0)?;
+        let effective = floor(vendor)? | requested;
+        check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, effective)?;
+    }
+    modules::load(EXITPOLICY)
+}
+
+/// The module notices that its vendor goes and comes, and says so.
+fn vendor_comes_and_goes(vendor: Vendor) -> Result<()> {
+    let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let before = Device::open()?.info()?;
+    unload_soon(vendor.module())?;
+    let info = Device::open()?.info()?;
+    ensure!(
+        (info.vendor, info.supported) == (0, 0),
+        "without a vendor: {info:?}"
+    );
+    ensure!(sysfs::top("vendor")? == "none", "sysfs names a vendor");
+    ensure!(sysfs::top("supported")? == "none", "sysfs: supported");
+    // Policies are about cgroups, not about a vendor.
+    ensure!(
+        ioctl::policy(&cgroup)? == Some((Exits::HLT, Exits::ALL)),
+        "the policy is lost"
+    );
+
+    modules::load(vendor.module())?;
+    ensure!(
+        soon(|| Ok(Device::open()?.info()?.vendor == before.vendor))?,
+        "the vendor is not noticed"
+    );
+    ensure!(Device::open()?.info()? == before, "not as before");
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    let vcpu = vmm.create_vcpu(vm, 0)?;
+    let effective = floor(vendor)? | Exits::HLT;
+    ensure!(interface::only_vm()?.effective == effective, "effective");
+    check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, effective)
+}
+
+/// Unloads a module that others use for a moment now and then.
+fn unload_soon(name: &str) -> Result<()> {
+    let mut result = modules::unload(name);
+    for _ in 0..testing::POLLS {
+        match result {
+            Err(Errno::EWOULDBLOCK) => {
+                pause();
+                result = modules::unload(name);
+            }
+            _ => break,
+        }
+    }
+    result.with_context(|| format!("cannot unload {name}"))
+}
+
+/// Another process that makes VMs all the time.
+struct Churn {
+    child: Child,
+}
+
+impl Churn {
+    fn start(cgroup: &Cgroup) -> Result<Self> {
+        let child = Command::new("/proc/self/exe")
+            .arg(CHURN)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let churn = Self { child };
+        cgroup.add_process(churn.child.id() as i32)?;
+        Ok(churn)
+    }
+
+    fn stop(mut self) -> Result<Churned> {
+        let mut stdin = self.child.stdin.take().context("no pipe")?;
+        // It stops at the end of its input.
+        stdin.flush()?;
+        drop(stdin);
+        let mut line = String::new();
+        BufReader::new(self.child.stdout.take().context("no pipe")?).read_line(&mut line)?;
+        let status = self.child.wait()?;
+        ensure!(status.success(), "the maker of VMs failed: {status}");
+        Ok(serde_json::from_str(&line)?)
+    }
+}
+
+impl Drop for Churn {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Step {
+    LoadOurs,
+    LoadVendor,
+    UnloadOurs,
+    UnloadVendor,
+}
+
+/// The four orders in which two modules can come and go.
+const ORDERS: [[Step; 4]; 4] = {
+    use Step::{LoadOurs, LoadVendor, UnloadOurs, UnloadVendor};
+    [
+        [LoadVendor, LoadOurs, UnloadOurs, UnloadVendor],
+        [LoadVendor, LoadOurs, UnloadVendor, UnloadOurs],
+        [LoadOurs, LoadVendor, UnloadOurs, UnloadVendor],
+        [LoadOurs, LoadVendor, UnloadVendor, UnloadOurs],
+    ]
+};
+
+fn every_order(vendor: Vendor, rounds: usize) -> Result<()> {
+    let cgroup = Cgroup::new("churn")?;
+    modules::unload(EXITPOLICY)?;
+    unload_soon(vendor.module())?;
+    let churn = Churn::start(&cgroup)?;
+    let mut decided = 0;
+    for round in 0..rounds {
+        for step in ORDERS[round % ORDERS.len()] {
+            let result = match step {
+                Step::LoadVendor => modules::load(vendor.module()),
+                Step::UnloadVendor => unload_soon(vendor.module()),
+                Step::LoadOurs => modules::load(EXITPOLICY).and_then(|()| {
+                    // Its name has a policy for a moment, so that there is something to do.
+                    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)
+                }),
+                Step::UnloadOurs => {
+                    decided += ioctl::vms()?.len();
+                    modules::unload(EXITPOLICY).context("cannot unload kvm_exitpolicy")
+                }
+            };
+            result.with_context(|| format!("round {round}"))?;
+        }
+    }
+    let churned = churn.stop()?;
+    modules::load_both()?;
+    eprintln!("    {churned:?}; {decided} of them listed when the module went");
+    if churned.vms == 0 {
+        bail!("not one VM was made meanwhile");
+    }
+    // The host still works.
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    let vcpu = vmm.create_vcpu(vm, 0)?;
+    let effective = floor(vendor)? | Exits::HLT;
+    ensure!(interface::only_vm()?.effective == effective, "effective");
+    check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, effective)
+}

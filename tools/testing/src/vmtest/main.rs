@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of the module and the command, to be run as root in an emulated KVM host.
+//!
+//! Every test is also a test of the kernel's log, and leaves neither VM nor policy behind.
+
+use std::{fs, process::ExitCode};
+
+use anyhow::{anyhow, Context, Result};
+use libtest_mimic::{Arguments, Failed, Trial};
+use testing::{
+    client::SERVE,
+    exits::Vendor,
+    interface,
+    kernel_log::{bad_lines, KernelLog},
+    modules,
+    server,
+};
+
+mod bad_input;
+mod cgroups;
+mod child;
+mod churn;
+mod command;
+mod guest;
+mod lifecycle;
+mod matrix;
+mod placement;
+mod stock;
+mod tracing;
+
+/// A test, and whether this host can run it.
+struct Test {
+    name: String,
+    body: Box<dyn FnOnce() -> Result<()> + Send>,
+    /// It needs neither module nor command.
+    stock: bool,
+    ignored: bool,
+}
+
+impl Test {
+    fn new(name: impl Into<String>, body: impl FnOnce() -> Result<()> + Send + 'static) -> Self {
+        Self {
+            name: name.into(),
+            body: Box::new(body),
+            stock: false,
+            ignored: false,
+        }
+    }
+
+    /// The host has not what it takes.
+    fn ignored(mut self, ignored: bool) -> Self {
+        self.ignored = ignored;
+        self
+    }
+
+    /// The test is about KVM as it is, or loads the module itself.
+    fn stock(mut self) -> Self {
+        self.stock = true;
+        self
+    }
+
+    fn into_trial(self) -> Trial {
+        let Self {
+            name, body, stock, ..
+        } = self;
+        let run = move || run(stock, body).map_err(|error| Failed::from(format!("{error:?}")));
+        Trial::test(name, run).with_ignored_flag(self.ignored)
+    }
+}
+
+/// Runs one test in clean surroundings.
+fn run(stock: bool, body: impl FnOnce() -> Result<()>) -> Result<()> {
+    if !stock {
+        modules::load_both()?;
+        interface::ensure_empty().context("before the test")?;
+    }
+    let mut log = KernelLog::from_now()?;
+    let mut result = body();
+    if !stock {
+        let after = interface::ensure_empty().context("after the test");
+        result = result.and(after);
+    }
+    let lines = log.lines()?;
+    let bad = bad_lines(&lines);
+    if !bad.is_empty() {
+        let all = lines.join("\n");
+        let error = anyhow!("the kernel complained: {}\nits log:\n{all}", bad[0]);
+        result = match result {
+            Ok(()) => Err(error),
+            Err(other) => Err(error.context(format!("{other:?}"))),
+        };
+    }
+    result
+}
+
+/// Whether this is one of those hosts, known by their little memory, whose emulator needs minutes
+/// for what QEMU does in seconds. They do less of the tests that are about great numbers.
+fn is_slow_host() -> Result<bool> {
+    const MUCH_MEMORY: u64 = 2 << 20; // in KiB
+    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    let total: u64 = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .context("no MemTotal in /proc/meminfo")?;
+    Ok(total < MUCH_MEMORY)
+}
+
+fn tests() -> Result<Vec<Test>> {
+    let vendor = Vendor::of_host()?;
+    // What is supported is KVM's to say, and it says so on /dev/kvm.
+    modules::load(vendor.module())?;
+    let tests = [
+        stock::tests(vendor)?,
+        matrix::tests(vendor)?,
+        placement::tests(vendor)?,
+        tracing::tests(vendor),
+        command::tests(vendor),
+        bad_input::tests(),
+        lifecycle::tests(vendor)?,
+        cgroups::tests()?,
+        guest::tests(vendor),
+    ];
+    Ok(tests.into_iter().flatten().collect())
+}
+
+fn main() -> ExitCode {
+    let role: Option<fn() -> Result<()>> = match std::env::args().nth(1).as_deref() {
+        Some(SERVE) => Some(server::serve),
+        Some(churn::CHURN) => Some(churn::churn),
+        _ => None,
+    };
+    if let Some(role) = role {
+        return match role() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let mut arguments = Arguments::from_args();
+    // One cgroup hierarchy, one module, one kernel log: one test at a time.
+    arguments.test_threads = Some(1);
+    match tests() {
+        Ok(tests) => {
+            let trials = tests.into_iter().map(Test::into_trial).collect();
+            libtest_mimic::run(&arguments, trials).exit_code()
+        }
+        Err(error) => {
+            eprintln!("cannot test here: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,456 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Whose cgroup counts, when, and how often: VMMs that move, have threads, fork, fail and die.
+
+use anyhow::{ensure, Context, Result};
+use exitpolicy_policy::Exits;
+use testing::{
+    cgroup::Cgroup,
+    client::Vmm,
+    exits::Vendor,
+    interface::{self, ioctl, sysfs, SwitchedOff, VmView},
+    payload::Payload,
+    server::{Answer, Request},
+    soon,
+    uapi::Device,
+    vmm::Work,
+};
+
+use crate::{
+    matrix::{check_guest, floor, supported},
+    Test,
+};
+
+pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
+    let other = other_exit(vendor)?;
+    Ok(vec![
+        Test::new("placement::moved_before_the_first_vcpu", move || {
+            moved_before_the_first_vcpu(vendor)
+        }),
+        Test::new("placement::moved_after_the_first_vcpu", move || {
+            moved_after_the_first_vcpu(vendor)
+        }),
+        Test::new("placement::vcpu_threads_in_threaded_cgroups", move || {
+            vcpu_threads_in_threaded_cgroups(vendor)
+        }),
+        Test::new("placement::two_vms_of_one_process", move || {
+            two_vms_of_one_process(vendor)
+        }),
+        Test::new("placement::two_first_vcpus_at_once", move || {
+            two_first_vcpus_at_once(vendor)
+        }),
+        Test::new("placement::two_vcpus_of_one_vm_at_once", move || {
+            two_vcpus_of_one_vm_at_once(vendor)
+        }),
+        Test::new("placement::first_vcpu_fails", move || {
+            first_vcpu_fails(vendor, other)
+        }),
+        Test::new("placement::policy_goes_between_two_tries", move || {
+            policy_goes_between_two_tries(vendor, other)
+        }),
+        Test::new("placement::clamped_wish_survives_a_failure", move || {
+            clamped_wish_survives_a_failure(vendor)
+        }),
+        Test::new("placement::vm_without_vcpu", vm_without_vcpu),
+        Test::new("placement::fork", fork),
+        Test::new("placement::vmm_killed", vmm_killed),
+        Test::new("placement::switched_off", move || switched_off(vendor)),
+        Test::new("placement::cgroup_removed", cgroup_removed),
+    ])
+}
+
+/// An exit beside HLT that a VMM can ask for here and that KVM does not disable itself.
+fn other_exit(vendor: Vendor) -> Result<Exits> {
+    let choice = supported(vendor)? & !floor(vendor)? & !Exits::HLT;
+    let first = choice.iter().next();
+    first.context("KVM can disable nothing but HLT here")
+}
+
+/// What HLT costs, with this set disabled.
+fn check_hlt(
+    vendor: Vendor,
+    vmm: &mut Vmm,
+    vcpu: testing::client::Thread,
+    effective: Exits,
+) -> Result<()> {
+    check_guest(vendor, vmm, vcpu, Payload::Hlt, effective)
+}
+
+/// A service manager moves a VMM after it has begun.
+fn moved_before_the_first_vcpu(vendor: Vendor) -> Result<()> {
+    let floor = floor(vendor)?;
+    let (with, without) = (Cgroup::new("with")?, Cgroup::new("without")?);
+    ioctl::set_policy(&with, Exits::HLT, Exits::ALL)?;
+    for (from, to, effective) in [
+        (&without, &with, floor | Exits::HLT),
+        (&with, &without, floor),
+    ] {
+        let mut vmm = Vmm::start(from)?;
+        let vm = vmm.create_vm()?;
+        to.add_process(vmm.pid())?;
+        let vcpu = vmm.create_vcpu(vm, 0)?;
+        let view = interface::only_vm()?;
+        ensure!(
+            view.cgroup == to.path() && view.effective == effective,
+            "{view:?}"
+        );
+        check_hlt(vendor, &mut vmm, vcpu, effective)?;
+        vmm.kill()?;
+        interface::ensure_no_vms()?;
+    }
+    Ok(())
+}
+
+/// A decision holds: neither a move nor another policy changes it, nor does another vCPU.
+fn moved_after_the_first_vcpu(vendor: Vendor) -> Result<()> {
+    let effective = floor(vendor)? | Exits::HLT;
+    let (with, without) = (Cgroup::new("with")?, Cgroup::new("without")?);
+    ioctl::set_policy(&with, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&with)?;
+    let vm = vmm.create_vm()?;
+    let first = vmm.create_vcpu(vm, 0)?;
+    let before = interface::only_vm()?;
+
+    without.add_process(vmm.pid())?;
+    ioctl::set_policy(&with, Exits::NONE, Exits::NONE)?;
+    let second = vmm.create_vcpu(vm, 1)?;
+    let after = interface::only_vm()?;
+    ensure!(
+        after
+            == VmView {
+                vcpus: 2,
+                ..before.clone()
+            },
+        "{before:?}, then {after:?}"
+    );
+    check_hlt(vendor, &mut vmm, first, effective)?;
+    check_hlt(vendor, &mut vmm, second, effective)
+}
+
+/// libvirt's way: the machine's cgroup is a domain, its vCPUs' and its emulator's are threaded.
+fn vcpu_threads_in_threaded_cgroups(vendor: Vendor) -> Result<()> {
+    let effective = floor(vendor)? | Exits::HLT;
+    for leader_too in [false, true] {
+        let machine = Cgroup::new("machine")?;
+        ioctl::set_policy(&machine, Exits::HLT, Exits::ALL)?;
+        let mut vmm = Vmm::start(&machine)?;
+        let threads = [vmm.thread()?, vmm.thread()?];
+        let mut threaded = Vec::new();
+        for (index, thread) in threads.iter().enumerate() {
+            let cgroup = machine.child(&format!("vcpu{index}"))?;
+            cgroup.make_threaded()?;
+            cgroup.add_thread(thread.tid)?;
+            // Policies sit on domain cgroups: this one says nothing to anyone.
+            ioctl::set_policy(&cgroup, Exits::NONE, Exits::NONE)?;
+            threaded.push(cgroup);
+        }
+        if leader_too {
+            let emulator = machine.child("emulator")?;
+            emulator.make_threaded()?;
+            emulator.add_thread(vmm.pid())?;
+            ioctl::set_policy(&emulator, Exits::NONE, Exits::NONE)?;
+            threaded.push(emulator);
+        }
+        let vm = vmm.create_vm()?;
+        vmm.create_vcpus(&[(threads[0], vm, 0)])?;
+        vmm.create_vcpus(&[(threads[1], vm, 1)])?;
+        let view = interface::only_vm()?;
+        ensure!(
+            view.cgroup == machine.path() && view.effective == effective && view.vcpus == 2,
+            "with the leader in a threaded cgroup: {leader_too}: {view:?}"
+        );
+        ensure!(view.pid == vmm.pid(), "pid {} is a thread's", view.pid);
+        for thread in threads {
+            check_hlt(vendor, &mut vmm, thread, effective)?;
+        }
+        vmm.kill()?;
+        drop(threaded);
+        interface::ensure_no_vms()?;
+    }
+    Ok(())
+}
+
+/// Each VM has a decision of its own.
+fn two_vms_of_one_process(vendor: Vendor) -> Result<()> {
+    let floor = floor(vendor)?;
+    let cgroup = Cgroup::new("own")?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vms = [vmm.create_vm()?, vmm.create_vm()?];
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let first = vmm.create_vcpu(vms[0], 0)?;
+    ioctl::set_policy(&cgroup, Exits::NONE, Exits::ALL)?;
+    let second = vmm.create_vcpu(vms[1], 0)?;
+
+    let views = ioctl::vms()?;
+    let effective: Vec<Exits> = views.iter().map(|view| view.effective).collect();
+    ensure!(effective == [floor | Exits::HLT, floor], "{views:?}");
+    let ids: Vec<u64> = views.iter().map(|view| view.id).collect();
+    ensure!(soon(|| Ok(sysfs::vm_ids()? == ids))?, "not {ids:?} in sysfs");
+    for (id, view) in ids.iter().zip(&views) {
+        ensure!(sysfs::vm(*id)? == *view, "sysfs differs from {view:?}");
+    }
+    check_hlt(vendor, &mut vmm, first, floor | Exits::HLT)?;
+    check_hlt(vendor, &mut vmm, second, floor)?;
+
+    // The end of one is not the end of the other.
+    vmm.close(vms[0])?;
+    ensure!(
+        soon(|| Ok(sysfs::vm_ids()? == ids[1..]))?,
+        "sysfs has {:?}",
+        sysfs::vm_ids()?
+    );
+    ensure!(ioctl::vms()? == views[1..], "{:?}", ioctl::vms()?);
+    check_hlt(vendor, &mut vmm, second, floor)
+}
+
+const RACES: usize = 20;
+
+/// Two VMs of one process get their first vCPUs at the same moment.
+fn two_first_vcpus_at_once(vendor: Vendor) -> Result<()> {
+    let effective = floor(vendor)? | Exits::HLT;
+    let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let threads = [vmm.thread()?, vmm.thread()?];
+    for race in 0..RACES {
+        let vms = [vmm.create_vm()?, vmm.create_vm()?];
+        vmm.create_vcpus(&[(threads[0], vms[0], 0), (threads[1], vms[1], 0)])?;
+        let views = ioctl::vms()?;
+        ensure!(
+            views.len() == 2
+                && views
+                    .iter()
+                    .all(|view| view.effective == effective && view.requested == Exits::NONE),
+            "race {race}: {views:?}"
+        );
+        if race == 0 {
+            for thread in threads {
+                check_hlt(vendor, &mut vmm, thread, effective)?;
+            }
+        }
+        for vm in vms {
+            vmm.close(vm)?;
+        }
+    }
+    Ok(())
+}
+
+/// One VM gets its first two vCPUs at the same moment: one decision.
+fn two_vcpus_of_one_vm_at_once(vendor: Vendor) -> Result<()> {
+    let effective = floor(vendor)? | Exits::HLT;
+    let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let threads = [vmm.thread()?, vmm.thread()?];
+    for race in 0..RACES {
+        let vm = vmm.create_vm()?;
+        vmm.create_vcpus(&[(threads[0], vm, 0), (threads[1], vm, 1)])?;
+        let views = ioctl::vms()?;
+        ensure!(
+            views.len() == 1
+                && views[0].effective == effective
+                && views[0].requested == Exits::NONE
+                && views[0].vcpus == 2,
+            "race {race}: {views:?}"
+        );
+        if race == 0 {
+            for thread in threads {
+                check_hlt(vendor, &mut vmm, thread, effective)?;
+            }
+        }
+        vmm.close(vm)?;
+    }
+    Ok(())
+}
+
+/// KVM_CREATE_VCPU fails behind our hook, which has written its decision by then, and KVM still
+/// takes KVM_ENABLE_CAP. What the module wrote must not come back as the VMM's wish.
+fn first_vcpu_fails(vendor: Vendor, other: Exits) -> Result<()> {
+    let floor = floor(vendor)?;
+    let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    let vcpu = vmm.thread()?;
+    for _ in 0..2 {
+        let errno = vmm.fail_to_create_vcpu(vcpu, vm, 0)?;
+        ensure!(errno == libc::EMFILE, "KVM_CREATE_VCPU: errno {errno}");
+    }
+    vmm.disable_exits(vm, other)?;
+    vmm.create_vcpus(&[(vcpu, vm, 0)])?;
+    let view = interface::only_vm()?;
+    let effective = floor | Exits::HLT | other;
+    ensure!(
+        view.requested == other && view.effective == effective && view.clamped.is_empty(),
+        "{view:?}"
+    );
+    check_hlt(vendor, &mut vmm, vcpu, effective)
+}
+
+/// The decision is made again, and what the first one gave is taken back.
+fn policy_goes_between_two_tries(vendor: Vendor, other: Exits) -> Result<()> {
+    let floor = floor(vendor)?;
+    let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    let vcpu = vmm.thread()?;
+    let errno = vmm.fail_to_create_vcpu(vcpu, vm, 0)?;
+    ensure!(errno == libc::EMFILE, "KVM_CREATE_VCPU: errno {errno}");
+    ioctl::clear_policy(&cgroup)?;
+    vmm.disable_exits(vm, other)?;
+    vmm.create_vcpus(&[(vcpu, vm, 0)])?;
+    let view = interface::only_vm()?;
+    ensure!(
+        view.requested == other && view.effective == floor | other,
+        "{view:?}"
+    );
+    check_hlt(vendor, &mut vmm, vcpu, floor | other)
+}
+
+/// What the VMM asked for is remembered even though the first decision took it out of KVM's flags.
+fn clamped_wish_survives_a_failure(vendor: Vendor) -> Result<()> {
+    let floor = floor(vendor)?;
+    let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::NONE, Exits::NONE)?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    vmm.disable_exits(vm, Exits::HLT)?;
+    let vcpu = vmm.thread()?;
+    let errno = vmm.fail_to_create_vcpu(vcpu, vm, 0)?;
+    ensure!(errno == libc::EMFILE, "KVM_CREATE_VCPU: errno {errno}");
+    ioctl::clear_policy(&cgroup)?;
+    vmm.create_vcpus(&[(vcpu, vm, 0)])?;
+    let view = interface::only_vm()?;
+    let effective = floor | Exits::HLT;
+    ensure!(
+        view.requested == Exits::HLT && view.effective == effective && view.clamped.is_empty(),
+        "{view:?}"
+    );
+    check_hlt(vendor, &mut vmm, vcpu, effective)
+}
+
+/// Nothing is decided on a VM that gets no vCPU, and its end disturbs nothing.
+fn vm_without_vcpu() -> Result<()> {
+    let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    ensure!(ioctl::vms()?.is_empty(), "{:?}", ioctl::vms()?);
+    vmm.close(vm)?;
+    let info = Device::open()?.info()?;
+    ensure!(info.missed == 0, "missed {}", info.missed);
+    Ok(())
+}
+
+/// A forked child holds the VM and can do nothing with it.
+fn fork() -> Result<()> {
+    let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    vmm.create_vcpu(vm, 0)?;
+    let before = interface::only_vm()?;
+    let answer = vmm.ask(&Request::Fork { vm })?;
+    let Answer::Fork {
+        child,
+        create_vcpu,
+        enable_cap,
+    } = answer
+    else {
+        anyhow::bail!("not an answer: {answer:?}");
+    };
+    ensure!(
+        (create_vcpu, enable_cap) == (libc::EIO, libc::EIO),
+        "in the child, KVM_CREATE_VCPU and KVM_ENABLE_CAP gave {create_vcpu} and {enable_cap}"
+    );
+    ensure!(interface::only_vm()? == before, "the fork changed the VM");
+
+    // The child's files keep it alive.
+    vmm.close(vm)?;
+    ensure!(interface::only_vm()? == before, "the VM is gone too early");
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(child),
+        nix::sys::signal::Signal::SIGKILL,
+    )?;
+    interface::ensure_no_vms()
+}
+
+/// A VMM that has no time to clean up.
+fn vmm_killed() -> Result<()> {
+    let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    for index in 0..2 {
+        let vcpu = vmm.create_vcpu(vm, index)?;
+        vmm.start_run(vcpu, Work::new(Payload::Hlt, u32::MAX))?;
+        ensure!(
+            soon(|| Ok(vmm.progress(vcpu)? > 10))?,
+            "vCPU {index} does not run"
+        );
+    }
+    ensure!(interface::only_vm()?.vcpus == 2, "{:?}", ioctl::vms()?);
+    vmm.kill()?;
+    interface::ensure_no_vms()
+}
+
+/// The master switch: new VMs are left alone, earlier ones keep what they have.
+fn switched_off(vendor: Vendor) -> Result<()> {
+    let floor = floor(vendor)?;
+    let give = Cgroup::new("give")?;
+    let take = Cgroup::new("take")?;
+    ioctl::set_policy(&give, Exits::HLT, Exits::ALL)?;
+    ioctl::set_policy(&take, Exits::NONE, Exits::NONE)?;
+
+    let mut early = Vmm::start(&give)?;
+    let vm = early.create_vm()?;
+    let early_vcpu = early.create_vcpu(vm, 0)?;
+
+    let off = SwitchedOff::new()?;
+    ensure!(sysfs::top("enabled")? == "0", "enabled");
+    let clamps = Device::open()?.info()?.clamps;
+    check_hlt(vendor, &mut early, early_vcpu, floor | Exits::HLT)?;
+
+    let mut given = Vmm::start(&give)?;
+    let vm = given.create_vm()?;
+    let given_vcpu = given.create_vcpu(vm, 0)?;
+    check_hlt(vendor, &mut given, given_vcpu, floor)?;
+
+    let mut asking = Vmm::start(&take)?;
+    let vm = asking.create_vm()?;
+    asking.disable_exits(vm, Exits::HLT)?;
+    let asking_vcpu = asking.create_vcpu(vm, 0)?;
+    check_hlt(vendor, &mut asking, asking_vcpu, floor | Exits::HLT)?;
+    ensure!(
+        Device::open()?.info()?.clamps == clamps,
+        "something was clamped"
+    );
+
+    drop(off);
+    ensure!(sysfs::top("enabled")? == "1", "enabled");
+    let vm = asking.create_vm()?;
+    asking.disable_exits(vm, Exits::HLT)?;
+    let clamped_vcpu = asking.create_vcpu(vm, 0)?;
+    check_hlt(vendor, &mut asking, clamped_vcpu, floor)?;
+    check_hlt(vendor, &mut given, given_vcpu, floor)
+}
+
+/// A VM outlives its cgroup.
+fn cgroup_removed() -> Result<()> {
+    let refuge = Cgroup::new("refuge")?;
+    let cgroup = Cgroup::new("own")?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    vmm.create_vcpu(vm, 0)?;
+    let before = interface::only_vm()?;
+    refuge.add_process(vmm.pid())?;
+    cgroup.remove()?;
+    let expected = VmView {
+        cgroup: "removed".to_string(),
+        ..before
+    };
+    let view = interface::only_vm()?;
+    ensure!(view == expected, "{view:?}");
+    Ok(())
+}
