@@ -42,20 +42,18 @@ help:
 
 # --- building -----------------------------------------------------------------
 
-# Calls the kernel's build, which wants none of cargo's flags.
-define kbuild
-	set -e; \
+# The kernel's build wants none of cargo's flags.
+kbuild = env -u RUSTFLAGS $(MAKE) M="$(CURDIR)" MO="$(CURDIR)/$(BUILD)/module"
+
+module:
+	@set -e; \
 	dir=$$(tools/kernel dir "$(KDIR)"); \
 	args=$$(tools/kernel make "$$dir"); \
 	images=$$(tools/kernel images "$$dir"); \
 	mkdir -p $(BUILD)/module; \
-	env -u RUSTFLAGS $(MAKE) -C "$$dir" M="$(CURDIR)" MO="$(CURDIR)/$(BUILD)/module" \
-		KVM_IMAGES="$$images" $$args
-endef
-
-module:
-	@$(kbuild) modules
+	$(kbuild) -C "$$dir" KVM_IMAGES="$$images" $$args modules
 	@cp $(BUILD)/module/kvm_exitpolicy.ko $(BUILD)/kvm_exitpolicy.ko
+	@tools/kernel sign "$(KDIR)"
 
 command:
 	$(CARGO) build $(CARGO_FLAGS) --package exitpolicy
@@ -94,9 +92,11 @@ check: lab
 share := $(DESTDIR)$(PREFIX)/share
 
 install:
-	@test -e $(BUILD)/kvm_exitpolicy.ko -a -e $(BUILD)/exitpolicy || \
+	@test -e $(BUILD)/module/kvm_exitpolicy.ko -a -e $(BUILD)/exitpolicy || \
 		{ echo "error: there is nothing to install yet; run: make" >&2; exit 1; }
-	@$(kbuild) INSTALL_MOD_PATH="$(DESTDIR)" modules_install
+	$(kbuild) -C "$(KDIR)" INSTALL_MOD_PATH="$(DESTDIR)" modules_install
+	@# Debian's headers have no System.map, without which the above leaves this out.
+	test -n "$(DESTDIR)" || depmod "$$(cat "$(KDIR)/include/config/kernel.release")"
 	install -D -m 755 $(BUILD)/exitpolicy $(DESTDIR)$(PREFIX)/bin/exitpolicy
 	install -D -m 644 -t $(share)/man/man1 $(BUILD)/man/*.1
 	install -D -m 644 $(BUILD)/completions/bash $(share)/bash-completion/completions/exitpolicy
@@ -107,7 +107,7 @@ install:
 
 uninstall:
 	@set -e; \
-	release=$$(cat "$$(realpath "$(KDIR)")/include/config/kernel.release"); \
+	release=$$(cat "$(KDIR)/include/config/kernel.release"); \
 	rm -fv $(DESTDIR)/lib/modules/$$release/updates/kvm_exitpolicy.ko*; \
 	test -n "$(DESTDIR)" || depmod "$$release"
 	rm -fv $(DESTDIR)$(PREFIX)/bin/exitpolicy \

@@ -21,37 +21,38 @@ include!(concat!(
 /// `NT_GNU_BUILD_ID` of include/uapi/linux/elf.h.
 const NT_GNU_BUILD_ID: u32 = 3;
 
-/// Compares the build ids of those of KVM's images that are loaded. Says what differs, and fails
-/// with [`ENOEXEC`]. Process context, may sleep.
-pub(crate) fn check() -> Result {
-    for &(image, expected) in BUILD_IDS {
-        let path = if image == c"vmlinux" {
-            CString::try_from_fmt(fmt!("/sys/kernel/notes"))?
-        } else {
-            CString::try_from_fmt(fmt!("/sys/module/{}/notes/.note.gnu.build-id", image))?
-        };
-        let mut buffer = KVec::from_elem(0, PAGE_SIZE, GFP_KERNEL)?;
-        let file = OwnedFile::open(&path, bindings::O_RDONLY);
-        let notes = match file.and_then(|file| file.read(&mut buffer)) {
-            Ok(notes) => notes,
-            // The other vendor's module.
-            Err(ENOENT) => continue,
-            Err(error) => {
-                pr_err!("cannot read {}: {:?}\n", &*path, error);
-                return Err(error);
-            }
-        };
-        let found = gnu_build_id(notes).unwrap_or(&[]);
-        if found != expected {
-            pr_err!(
-                "{} has build id {}, but this module was built for {}: \
-                 build it again for the running kernel\n",
-                image,
-                Hex(found),
-                Hex(expected)
-            );
-            return Err(ENOEXEC);
-        }
+/// Compares the build id of KVM's image `module` with the one that was built for; one that was not
+/// a module then is part of the kernel. Process context, may sleep.
+///
+/// Fails with [`ENOENT`] if it is not loaded, and with [`ENOEXEC`], after saying why, if it is
+/// another build.
+pub(crate) fn check(module: &CStr) -> Result {
+    let expected = |image| BUILD_IDS.iter().find(|(name, _)| *name == image);
+    let (image, expected, path) = match (expected(module), expected(c"vmlinux")) {
+        (Some((image, id)), _) => (
+            image,
+            *id,
+            CString::try_from_fmt(fmt!("/sys/module/{}/notes/.note.gnu.build-id", module))?,
+        ),
+        (None, Some((image, id))) => (
+            image,
+            *id,
+            CString::try_from_fmt(fmt!("/sys/kernel/notes"))?,
+        ),
+        (None, None) => return Err(ENOENT),
+    };
+    let mut buffer = KVec::from_elem(0, PAGE_SIZE, GFP_KERNEL)?;
+    let notes = OwnedFile::open(&path, bindings::O_RDONLY)?.read(&mut buffer)?;
+    let found = gnu_build_id(notes).unwrap_or(&[]);
+    if found != expected {
+        pr_err!(
+            "{} has build id {}, but this module was built for {}: \
+             build it again for the running kernel\n",
+            *image,
+            Hex(found),
+            Hex(expected)
+        );
+        return Err(ENOEXEC);
     }
     Ok(())
 }

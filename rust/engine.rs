@@ -130,24 +130,25 @@ impl Engine {
     }
 
     /// Decides on the VM of a vCPU that is being created, unless it has one already, and writes
-    /// the decision into the VM.
+    /// the decision into the VM. Returns whether there is a VM more to show.
     ///
     /// # Safety
     ///
     /// To be called on entry of `kvm_x86_ops.vcpu_create`: KVM then holds `kvm->lock`
     /// (virt/kvm/kvm_main.c: kvm_vm_ioctl_create_vcpu()), and has not looked at the flags for this
     /// vCPU yet.
-    pub(crate) unsafe fn vcpu_created(&self, vm: kvm::Vm<'_>) {
+    pub(crate) unsafe fn vcpu_created(&self, vm: kvm::Vm<'_>) -> bool {
         // Only the first vCPU decides. A VM that has one is decided on, or older than we are.
         if vm.online_vcpus() != 0 {
-            return;
+            return false;
         }
         if self.probe.cmpxchg(vm.key(), 0, Full).is_ok() {
-            return;
+            return false;
         }
         let Some(facts) = self.facts() else {
             // Its creator was faster than our notifier.
-            return self.count_missed();
+            self.count_missed();
+            return false;
         };
 
         let known = self.earlier_try(vm);
@@ -204,6 +205,7 @@ impl Engine {
             })
         };
         trace::decision(&record);
+        known.is_none()
     }
 
     /// The record of an earlier try to create this VM's first vCPU, which failed after our hook.

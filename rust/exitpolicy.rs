@@ -66,13 +66,10 @@ module! {
 ///
 /// Field order is drop order. First nobody can give orders any more, then nothing happens any
 /// more, then nobody is at work; what a VM got stays with it.
-#[pin_data]
 struct ExitPolicy {
-    #[pin]
-    _chardev: Chardev,
+    _chardev: Pin<KBox<Chardev>>,
     _sysfs: Sysfs,
-    #[pin]
-    _notifier: ModuleNotifier<HostEvents>,
+    _notifier: Pin<KBox<ModuleNotifier<HostEvents>>>,
     _host: Arc<Host>,
     _watch: RemovalWatch<Admin>,
     _settled: Settled,
@@ -87,25 +84,28 @@ impl Drop for Settled {
     }
 }
 
-impl kernel::InPlaceModule for ExitPolicy {
-    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        // What is made later is dropped earlier, also if something fails on the way.
-        pin_init::pin_init_scope(|| {
-            let engine = Arc::pin_init(Engine::new(), GFP_KERNEL)?;
-            let admin = Admin::new(engine)?;
-            let settled = Settled(admin.clone());
-            let watch = RemovalWatch::new(admin.clone())?;
-            let host = Arc::pin_init(Host::new(admin.clone()), GFP_KERNEL)?;
-            let sysfs = Sysfs::new(&admin)?;
-            host.attach()?;
-            Ok(try_pin_init!(Self {
-                _settled: settled,
-                _watch: watch,
-                _host: host.clone(),
-                _notifier <- ModuleNotifier::register(HostEvents(host.clone())),
-                _sysfs: sysfs,
-                _chardev <- Chardev::new(admin),
-            }))
+impl kernel::Module for ExitPolicy {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        // The other way round than the fields are dropped, so that what was made is dropped in the
+        // right order if something fails.
+        let engine = Arc::pin_init(Engine::new(), GFP_KERNEL)?;
+        let admin = Admin::new(engine)?;
+        let settled = Settled(admin.clone());
+        let watch = RemovalWatch::new(admin.clone())?;
+        let host = Arc::pin_init(Host::new(admin.clone()), GFP_KERNEL)?;
+        let events = HostEvents(host.clone());
+        let notifier = KBox::try_pin_init(ModuleNotifier::register(events), GFP_KERNEL)?;
+        // From here on a vendor module that comes is hooked; this is for one that is there.
+        host.attach()?;
+        let sysfs = Sysfs::new(&admin)?;
+        let chardev = KBox::try_pin_init(Chardev::new(admin), GFP_KERNEL)?;
+        Ok(Self {
+            _chardev: chardev,
+            _sysfs: sysfs,
+            _notifier: notifier,
+            _host: host,
+            _watch: watch,
+            _settled: settled,
         })
     }
 }

@@ -75,8 +75,9 @@ impl Handler for VcpuCreate {
         // SAFETY: We are registered on a vcpu_create only.
         if let Some(vm) = unsafe { kvm::Vm::of_created_vcpu(call) } {
             // SAFETY: This is the entry of vcpu_create.
-            unsafe { self.0.engine().vcpu_created(vm) };
-            Admin::wake(&self.0);
+            if unsafe { self.0.engine().vcpu_created(vm) } {
+                Admin::wake(&self.0);
+            }
         }
     }
 }

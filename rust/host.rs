@@ -64,8 +64,17 @@ impl Host {
                 return Err(error);
             }
         };
-        build_id::check()?;
+        build_id::check(c"kvm").inspect_err(|error| complain_of_build_id(c"kvm", *error))?;
         for vendor in VENDORS {
+            // Before anything is hooked: a hook reads structures.
+            match build_id::check(vendor.module()) {
+                Ok(()) => (),
+                Err(ENOENT) => continue,
+                Err(error) => {
+                    complain_of_build_id(vendor.module(), error);
+                    return Err(error);
+                }
+            }
             let hooks = match Hooks::register(vendor, &self.admin) {
                 Ok(hooks) => hooks,
                 Err(ENOENT) => continue,
@@ -86,13 +95,13 @@ impl Host {
                 return Ok(());
             }
         }
-        for vendor in VENDORS {
-            pr_err!(
-                "{} is no function that can be hooked, or is not called\n",
-                vendor.vcpu_create()
-            );
-        }
-        pr_err!("there is a KVM, but none that the module was made for; is ftrace on?\n");
+        let [amd, intel] = VENDORS.map(Vendor::vcpu_create);
+        pr_err!(
+            "neither {} nor {} can be hooked, or the hook does not fire: this KVM is not one that \
+             the module was made for, or ftrace is off (sysctl kernel.ftrace_enabled)\n",
+            amd,
+            intel
+        );
         Err(ENOEXEC)
     }
 
@@ -140,6 +149,17 @@ impl Host {
 impl PinnedDrop for Host {
     fn drop(self: Pin<&mut Self>) {
         self.detach(None);
+    }
+}
+
+/// For what [`build_id::check`] does not say itself.
+fn complain_of_build_id(image: &CStr, error: Error) {
+    if error != ENOEXEC {
+        pr_err!(
+            "cannot read the build id of {} in /sys: {:?}\n",
+            image,
+            error
+        );
     }
 }
 

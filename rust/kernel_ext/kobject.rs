@@ -75,7 +75,7 @@ impl<T> Attribute<T> {
         this
     }
 
-    /// Lets root write the file too. `store` gets the text without the space around it.
+    /// Lets root write the file too. `store` gets the text without the new line at its end.
     pub(crate) const fn writable(mut self, store: fn(&T, &str) -> Result) -> Self {
         self.inner.mode |= 0o200;
         self.store = Some(store);
@@ -257,7 +257,8 @@ impl<T: Attributes> Directory<T> {
                 return Err(EINVAL);
             }
             let text = core::str::from_utf8(text).map_err(|_| EINVAL)?;
-            attribute.store.ok_or(EIO)?(&this.data, text.trim())?;
+            let text = text.strip_suffix('\n').unwrap_or(text);
+            attribute.store.ok_or(EIO)?(&this.data, text)?;
             Ok(length as isize)
         })
     }

@@ -109,8 +109,8 @@ pub fn on_policy(situation: &Situation) -> Vec<Note> {
     if given.contains(Exits::MWAIT) && info.vendor == Some(Vendor::Vmx) {
         notes.push(note(
             "preemption_timer",
-            "with mwait, VMs do without the VMX preemption timer: their timers cost exits again, \
-             whether they use MWAIT or not",
+            "with mwait, VMs do without the VMX preemption timer: their timers are the host's \
+             hrtimers, which cost more, whether they use MWAIT or not",
         ));
     }
     if situation.exposed_to_smt_rsb {
