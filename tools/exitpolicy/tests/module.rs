@@ -211,7 +211,7 @@ allow  all
         str![[r#"
 note: with mwait,hlt, the host sees an idle vCPU as 100 % busy
 note: only guests whose VMM exposes it use mwait,aperfmperf: KVM never advertises MWAIT, and clears CPUID leaf 6 ECX
-note: with mwait, VMs do without the VMX preemption timer: their timers cost exits again, whether they use MWAIT or not
+note: with mwait, VMs do without the VMX preemption timer: their timers are the host's hrtimers, which cost more, whether they use MWAIT or not
 
 "#]]
         .raw()

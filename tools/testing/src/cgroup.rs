@@ -3,13 +3,25 @@
 //! Cgroups of the default hierarchy, made for a test and removed with it.
 
 use std::{
-    fs::{self, File},
+    fs::{
+        self,
+        File, //
+    },
     io,
-    os::{fd::AsFd, unix::fs::MetadataExt},
-    path::{Path, PathBuf},
+    os::{
+        fd::AsFd,
+        unix::fs::MetadataExt, //
+    },
+    path::{
+        Path,
+        PathBuf, //
+    }, //
 };
 
-use anyhow::{Context, Result};
+use anyhow::{
+    Context,
+    Result, //
+};
 
 /// Where cgroup2 is mounted.
 pub const CGROUP2: &str = "/sys/fs/cgroup";

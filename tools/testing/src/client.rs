@@ -3,20 +3,43 @@
 //! The test's end of a VMM process ([`crate::server`]).
 
 use std::{
-    io::{self, BufRead, BufReader, Write},
+    io::{
+        self,
+        BufRead,
+        BufReader,
+        Write, //
+    },
     os::unix::process::ExitStatusExt,
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    process::{
+        Child,
+        ChildStdin,
+        ChildStdout,
+        Command,
+        Stdio, //
+    }, //
 };
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{
+    bail,
+    ensure,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
 
 use crate::{
     cgroup::Cgroup,
     exits::Counter,
     payload::Payload,
-    server::{Answer, Request},
-    vmm::{ensure_complete, Report, Work},
+    server::{
+        Answer,
+        Request, //
+    },
+    vmm::{
+        ensure_complete,
+        Report,
+        Work, //
+    }, //
 };
 
 /// The argument that makes the test program a VMM.

@@ -4,20 +4,39 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io,
     os::fd::AsRawFd,
-    path::{Path, PathBuf},
-    process::{Command, Output},
+    path::{
+        Path,
+        PathBuf, //
+    },
+    process::{
+        Command,
+        Output, //
+    }, //
 };
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{
+    bail,
+    ensure,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
 use serde_json::Value;
 
 use crate::{
-    cgroup::{self, Cgroup, CGROUP2},
+    cgroup::{
+        self,
+        Cgroup,
+        CGROUP2, //
+    },
     soon,
-    uapi::{self, Device},
+    uapi::{
+        self,
+        Device, //
+    }, //
 };
 
 /// The module's directory in sysfs.

@@ -3,12 +3,23 @@
 //! What the kernel says while a test runs.
 
 use std::{
-    fs::{File, OpenOptions},
-    io::{ErrorKind, Read, Seek, SeekFrom},
-    os::unix::fs::OpenOptionsExt,
+    fs::{
+        File,
+        OpenOptions, //
+    },
+    io::{
+        ErrorKind,
+        Read,
+        Seek,
+        SeekFrom, //
+    },
+    os::unix::fs::OpenOptionsExt, //
 };
 
-use anyhow::{Context, Result};
+use anyhow::{
+    Context,
+    Result, //
+};
 
 /// What no test may cause, in lower case.
 const BAD: [&str; 20] = [

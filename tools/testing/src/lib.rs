@@ -14,7 +14,10 @@ pub mod stats;
 pub mod uapi;
 pub mod vmm;
 
-use std::{thread, time::Duration};
+use std::{
+    thread,
+    time::Duration, //
+};
 
 /// How often something that happens soon is looked for, with a [`pause`] between. Counted, as time
 /// in an emulated host says little.

@@ -2,10 +2,20 @@
 
 //! Loading and unloading kernel modules.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    process::Command, //
+};
 
-use anyhow::{bail, Context, Result};
-use nix::kmod::{delete_module, DeleteModuleFlags};
+use anyhow::{
+    bail,
+    Context,
+    Result, //
+};
+use nix::kmod::{
+    delete_module,
+    DeleteModuleFlags, //
+};
 
 use crate::exits::Vendor;
 

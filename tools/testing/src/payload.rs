@@ -5,10 +5,16 @@
 //! The code is assembled into this program and copied into the guest. It finds its [`Params`] at
 //! the address in R15, which nothing here ever changes, and ends with a write to [`DONE_PORT`].
 
-use std::{mem::offset_of, slice};
+use std::{
+    mem::offset_of,
+    slice, //
+};
 
 use exitpolicy_policy::Exits;
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize,
+    Serialize, //
+};
 
 /// The port that the guest writes to when it is done.
 pub const DONE_PORT: u16 = 0xf4;
@@ -84,6 +90,8 @@ pub struct Params {
     pub cpuid1_ecx: u32,
     /// ECX of CPUID leaf 6.
     pub cpuid6_ecx: u32,
+    /// Set by the VMM to end the run between two executions, where the LAPIC owes nothing.
+    pub stop: u32,
 }
 
 core::arch::global_asm!(
@@ -135,6 +143,8 @@ core::arch::global_asm!(
     // STI keeps interrupts off for one more instruction, so the timer cannot end a HLT or MWAIT
     // before it began.
     "70:",
+    "cmp dword ptr [r15 + {stop}], 0",
+    "jne 9f",
     "mov ecx, 0x838", // timer initial count
     "mov eax, [r15 + {ticks}]",
     "xor edx, edx",
@@ -153,6 +163,8 @@ core::arch::global_asm!(
     "jnz 70b",
     "jmp 9f",
     "20:",
+    "cmp dword ptr [r15 + {stop}], 0",
+    "jne 9f",
     "mov ecx, 0x838",
     "mov eax, [r15 + {ticks}]",
     "xor edx, edx",
@@ -165,6 +177,8 @@ core::arch::global_asm!(
     "jnz 20b",
     "jmp 9f",
     "30:",
+    "cmp dword ptr [r15 + {stop}], 0",
+    "jne 9f",
     "pause",
     "inc dword ptr [r15 + {executed}]",
     "dec ebx",
@@ -236,6 +250,7 @@ core::arch::global_asm!(
     kvm_features = const offset_of!(Params, kvm_features),
     cpuid1_ecx = const offset_of!(Params, cpuid1_ecx),
     cpuid6_ecx = const offset_of!(Params, cpuid6_ecx),
+    stop = const offset_of!(Params, stop),
     // A cache line of its own, so that nothing but an interrupt ends the MWAIT.
     monitored = const 0x400,
     mwait = const Payload::Mwait as u32,

@@ -7,29 +7,70 @@
 
 use std::{
     collections::HashMap,
-    io::{self, BufRead, Write},
+    io::{
+        self,
+        BufRead,
+        Write, //
+    },
     os::fd::AsRawFd,
     sync::{
-        atomic::{AtomicBool, Ordering},
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
-        Arc, Barrier,
+        atomic::{
+            AtomicBool,
+            Ordering, //
+        },
+        mpsc::{
+            self,
+            Receiver,
+            RecvTimeoutError,
+            Sender, //
+        },
+        Arc,
+        Barrier, //
     },
     thread,
-    time::Duration,
+    time::Duration, //
 };
 
-use anyhow::{anyhow, bail, Context, Result};
+use anyhow::{
+    anyhow,
+    bail,
+    Context,
+    Result, //
+};
 use nix::{
     sys::{
-        pthread::{pthread_kill, pthread_self, Pthread},
-        resource::{getrlimit, setrlimit, Resource},
-        signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal},
+        pthread::{
+            pthread_kill,
+            pthread_self,
+            Pthread, //
+        },
+        resource::{
+            getrlimit,
+            setrlimit,
+            Resource, //
+        },
+        signal::{
+            sigaction,
+            SaFlags,
+            SigAction,
+            SigHandler,
+            SigSet,
+            Signal, //
+        }, //
     },
-    unistd::gettid,
+    unistd::gettid, //
 };
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize,
+    Serialize, //
+};
 
-use crate::vmm::{Report, Vcpu, Vm, Work};
+use crate::vmm::{
+    Report,
+    Vcpu,
+    Vm,
+    Work, //
+};
 
 /// What the VMM is told. VMs, threads and vCPUs are named by number; a vCPU has the number of its
 /// thread.
@@ -93,8 +134,8 @@ pub enum Answer {
 /// How often a vCPU is looked at, and how many looks without progress make a lost guest. In an
 /// emulated host a second of its time is little work, so a minute of them is plenty only for a
 /// guest that makes none at all.
-const LOOK: Duration = Duration::from_secs(2);
-const LOOKS: u32 = 30;
+const LOOK: Duration = Duration::from_millis(200);
+const LOOKS: u32 = 300;
 
 /// Something that a thread does with its vCPU.
 type Job = Box<dyn FnOnce(&mut Option<Vcpu>) + Send>;
@@ -102,7 +143,7 @@ type Job = Box<dyn FnOnce(&mut Option<Vcpu>) + Send>;
 struct VcpuThread {
     jobs: Sender<Job>,
     pthread: Pthread,
-    stop: Arc<AtomicBool>,
+    give_up: Arc<AtomicBool>,
     /// The VM and the vCPU's id in it.
     vcpu: Option<(usize, usize)>,
     /// The end of a run in the background.
@@ -205,7 +246,7 @@ impl Server {
         self.threads.push(VcpuThread {
             jobs,
             pthread,
-            stop: Arc::new(AtomicBool::new(false)),
+            give_up: Arc::new(AtomicBool::new(false)),
             vcpu: None,
             running: None,
         });
@@ -246,11 +287,11 @@ impl Server {
     fn start(&mut self, number: usize, work: Work) -> Result<()> {
         let (say, hear) = mpsc::channel();
         let thread = self.threads.get_mut(number).context("no such thread")?;
-        thread.stop.store(false, Ordering::Release);
-        let stop = thread.stop.clone();
+        thread.give_up.store(false, Ordering::Release);
+        let give_up = thread.give_up.clone();
         let job: Job = Box::new(move |slot| {
             let report = match slot {
-                Some(vcpu) => vcpu.run(work, &stop),
+                Some(vcpu) => vcpu.run(work, &give_up),
                 None => Err(anyhow!("the thread has no vCPU")),
             };
             let _ = say.send(report);
@@ -268,37 +309,36 @@ impl Server {
         Ok(Vcpu::progress(self.vm(vm)?, index))
     }
 
-    /// Waits for the end of a run, and ends it if that is asked for or if it makes no progress.
+    /// Waits for the end of a run. Asks for it, if `stop`, and gives up on a guest that makes no
+    /// progress.
     fn wait(&mut self, number: usize, stop: bool) -> Result<Answer> {
         let thread = self.threads.get_mut(number).context("no such thread")?;
         let hear = thread.running.take().context("the vCPU does not run")?;
         let thread = self.thread(number)?;
         let (mut before, mut looks) = (None, 0);
-        let mut stopping = stop;
-        loop {
-            if stopping {
-                // Again and again: a signal that comes before KVM_RUN interrupts nothing.
-                thread.stop.store(true, Ordering::Release);
-                pthread_kill(thread.pthread, Signal::SIGUSR1)?;
+        while looks < LOOKS {
+            if stop {
+                let (vm, index) = thread.vcpu.context("the thread has no vCPU")?;
+                Vcpu::ask_to_stop(self.vm(vm)?, index);
             }
-            let patience = if stopping {
-                Duration::from_millis(10)
-            } else {
-                LOOK
-            };
-            match hear.recv_timeout(patience) {
-                Ok(report) => {
-                    let report = report?;
-                    return Ok(Answer::Report(report));
-                }
+            match hear.recv_timeout(LOOK) {
+                Ok(report) => return Ok(Answer::Report(report?)),
                 Err(RecvTimeoutError::Disconnected) => bail!("the vCPU's thread died"),
-                Err(RecvTimeoutError::Timeout) if stopping => (),
                 Err(RecvTimeoutError::Timeout) => {
                     let now = self.progress(number).ok();
                     looks = if now == before { looks + 1 } else { 0 };
                     before = now;
-                    stopping = looks >= LOOKS;
                 }
+            }
+        }
+        loop {
+            // Again and again: a signal that comes before KVM_RUN interrupts nothing.
+            thread.give_up.store(true, Ordering::Release);
+            pthread_kill(thread.pthread, Signal::SIGUSR1)?;
+            match hear.recv_timeout(LOOK) {
+                Ok(report) => return Ok(Answer::Report(report?)),
+                Err(RecvTimeoutError::Disconnected) => bail!("the vCPU's thread died"),
+                Err(RecvTimeoutError::Timeout) => (),
             }
         }
     }

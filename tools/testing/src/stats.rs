@@ -5,12 +5,19 @@
 use std::{
     fs::File,
     os::{
-        fd::{AsRawFd, FromRawFd, RawFd},
-        unix::fs::FileExt,
-    },
+        fd::{
+            AsRawFd,
+            FromRawFd,
+            RawFd, //
+        },
+        unix::fs::FileExt, //
+    }, //
 };
 
-use anyhow::{Context, Result};
+use anyhow::{
+    Context,
+    Result, //
+};
 
 nix::ioctl_none!(kvm_get_stats_fd, 0xAE, 0xce);
 

@@ -4,12 +4,18 @@
 //! notice when the header, the module and the library change together by mistake.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{
+        File,
+        OpenOptions, //
+    },
     io,
-    os::fd::AsRawFd,
+    os::fd::AsRawFd, //
 };
 
-use anyhow::{Context, Result};
+use anyhow::{
+    Context,
+    Result, //
+};
 
 pub const DEVICE: &str = "/dev/exitpolicy";
 

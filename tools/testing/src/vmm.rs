@@ -9,27 +9,66 @@
 use std::{
     io,
     num::NonZero,
-    os::fd::{AsRawFd, RawFd},
-    ptr::{self, NonNull},
-    sync::{
-        atomic::{AtomicBool, Ordering},
-        Arc,
+    os::fd::{
+        AsRawFd,
+        RawFd, //
     },
+    ptr::{
+        self,
+        NonNull, //
+    },
+    sync::{
+        atomic::{
+            AtomicBool,
+            Ordering, //
+        },
+        Arc, //
+    }, //
 };
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{
+    bail,
+    ensure,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
 use kvm_bindings::{
-    kvm_enable_cap, kvm_mp_state, kvm_regs, kvm_segment, kvm_userspace_memory_region, CpuId,
-    KVM_CAP_X86_DISABLE_EXITS, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
+    kvm_enable_cap,
+    kvm_mp_state,
+    kvm_regs,
+    kvm_segment,
+    kvm_userspace_memory_region,
+    CpuId,
+    KVM_CAP_X86_DISABLE_EXITS,
+    KVM_MAX_CPUID_ENTRIES,
+    KVM_MP_STATE_RUNNABLE, //
 };
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use nix::sys::mman::{mmap_anonymous, munmap, MapFlags, ProtFlags};
-use serde::{Deserialize, Serialize};
+use kvm_ioctls::{
+    Kvm,
+    VcpuExit,
+    VcpuFd,
+    VmFd, //
+};
+use nix::sys::mman::{
+    mmap_anonymous,
+    munmap,
+    MapFlags,
+    ProtFlags, //
+};
+use serde::{
+    Deserialize,
+    Serialize, //
+};
 
 use crate::{
-    payload::{self, Params, Payload, DONE_PORT},
-    stats,
+    payload::{
+        self,
+        Params,
+        Payload,
+        DONE_PORT, //
+    },
+    stats, //
 };
 
 /// The size of a guest's memory: the one large page that its page tables map.
@@ -89,8 +128,8 @@ pub struct Report {
     pub pv_unhalt: bool,
     /// By how much KVM's `halt_exits` of this vCPU grew.
     pub halt_exits: u64,
-    /// Where the guest was when the run was stopped.
-    pub stopped_at: Option<u64>,
+    /// Where the guest was when it was given up.
+    pub stuck_at: Option<u64>,
 }
 
 /// The memory of a guest.
@@ -126,7 +165,11 @@ impl Memory {
         // SAFETY: Within the mapping, as just checked; a guest that reads it meanwhile is no Rust
         // code.
         unsafe {
-            ptr::copy_nonoverlapping(bytes.as_ptr(), self.address.as_ptr().add(offset), bytes.len())
+            ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                self.address.as_ptr().add(offset),
+                bytes.len(),
+            )
         };
     }
 
@@ -242,9 +285,9 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Runs `work` to its end, or until `stop` is set and a signal comes. `progress` is told once
-    /// where to look for it.
-    pub fn run(&mut self, work: Work, stop: &AtomicBool) -> Result<Report> {
+    /// Runs `work` to its end, or until the guest is asked to stop, or until `give_up` is set and a
+    /// signal comes.
+    pub fn run(&mut self, work: Work, give_up: &AtomicBool) -> Result<Report> {
         if !self.ready {
             self.set_up().context("cannot set up the vCPU")?;
             self.ready = true;
@@ -267,15 +310,8 @@ impl Vcpu {
             rflags: 2,
             ..Default::default()
         })?;
-        // A vCPU with another index than 0 waits for INIT and SIPI. One that was stopped in a native
-        // HLT is still halted, and KVM ends that too.
-        self.fd
-            .set_mp_state(kvm_mp_state {
-                mp_state: KVM_MP_STATE_RUNNABLE,
-            })
-            .context("KVM_SET_MP_STATE")?;
         let before = stats::halt_exits(self.fd.as_raw_fd())?;
-        let stopped_at = self.run_until_done(stop)?;
+        let stuck_at = self.run_until_done(give_up)?;
         let halt_exits = stats::halt_exits(self.fd.as_raw_fd())? - before;
         // SAFETY: As above.
         let result = unsafe { params.read_volatile() };
@@ -286,7 +322,7 @@ impl Vcpu {
             interrupts: result.interrupts,
             pv_unhalt: result.kvm_features & KVM_FEATURE_PV_UNHALT != 0,
             halt_exits,
-            stopped_at,
+            stuck_at,
         })
     }
 
@@ -296,7 +332,14 @@ impl Vcpu {
         unsafe { (&raw const (*vm.memory.params(index)).executed).read_volatile() }
     }
 
-    fn run_until_done(&mut self, stop: &AtomicBool) -> Result<Option<u64>> {
+    /// Asks a guest that another thread runs to end its run. To be repeated until it does: a run
+    /// that begins forgets it.
+    pub fn ask_to_stop(vm: &Vm, index: usize) {
+        // SAFETY: Mapped and aligned; nobody else but `run` writes it.
+        unsafe { (&raw mut (*vm.memory.params(index)).stop).write_volatile(1) };
+    }
+
+    fn run_until_done(&mut self, give_up: &AtomicBool) -> Result<Option<u64>> {
         loop {
             match self.fd.run() {
                 Ok(VcpuExit::IoOut(DONE_PORT, _)) => return Ok(None),
@@ -306,7 +349,7 @@ impl Vcpu {
                     bail!("the guest left KVM by {exit} at {:#x}", regs.rip);
                 }
                 Err(error) if error.errno() == libc::EINTR => {
-                    if stop.load(Ordering::Acquire) {
+                    if give_up.load(Ordering::Acquire) {
                         return Ok(Some(self.fd.get_regs()?.rip));
                     }
                 }
@@ -352,6 +395,13 @@ impl Vcpu {
         // x2APIC mode, so that arming the timer is a WRMSR and no instruction for KVM to emulate.
         sregs.apic_base |= 0xc00;
         self.fd.set_sregs(&sregs).context("KVM_SET_SREGS")?;
+
+        // A vCPU with another index than 0 waits for INIT and SIPI.
+        self.fd
+            .set_mp_state(kvm_mp_state {
+                mp_state: KVM_MP_STATE_RUNNABLE,
+            })
+            .context("KVM_SET_MP_STATE")?;
         Ok(())
     }
 }
@@ -376,12 +426,12 @@ fn build_guest(memory: &Memory) {
 /// Fails unless the guest did all that it was asked to.
 pub fn ensure_complete(work: Work, report: &Report) -> Result<()> {
     ensure!(
-        report.executed == work.count && report.stopped_at.is_none(),
-        "the guest executed {} of {} ({:?}), stopped at {:x?}",
+        report.executed == work.count && report.stuck_at.is_none(),
+        "the guest executed {} of {} ({:?}), stuck at {:x?}",
         report.executed,
         work.count,
         work.payload,
-        report.stopped_at,
+        report.stuck_at,
     );
     Ok(())
 }

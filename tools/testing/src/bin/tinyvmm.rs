@@ -5,15 +5,26 @@
 use std::{
     fs,
     process::ExitCode,
-    sync::{atomic::AtomicBool, Arc},
+    sync::{
+        atomic::AtomicBool,
+        Arc, //
+    }, //
 };
 
-use anyhow::{bail, Context, Result};
+use anyhow::{
+    bail,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
 use serde_json::json;
 use testing::{
     payload::Payload,
-    vmm::{ensure_complete, Vm, Work},
+    vmm::{
+        ensure_complete,
+        Vm,
+        Work, //
+    }, //
 };
 
 const USAGE: &str = "\

@@ -3,30 +3,70 @@
 //! What is refused, with which errno, and that nothing changes by it.
 
 use std::{
-    fs::{self, File, OpenOptions},
-    io::{self, Write},
+    fs::{
+        self,
+        File,
+        OpenOptions, //
+    },
+    io::{
+        self,
+        Write, //
+    },
     os::fd::AsRawFd,
     os::unix::fs::OpenOptionsExt,
-    path::{Path, PathBuf},
-    ptr,
+    path::{
+        Path,
+        PathBuf, //
+    },
+    ptr, //
 };
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{
+    ensure,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
 use nix::{
-    sched::{unshare, CloneFlags},
-    unistd::{setgid, setuid, Gid, Uid},
+    sched::{
+        unshare,
+        CloneFlags, //
+    },
+    unistd::{
+        setgid,
+        setuid,
+        Gid,
+        Uid, //
+    }, //
 };
 use testing::{
-    cgroup::{self, Cgroup, V1},
+    cgroup::{
+        self,
+        Cgroup,
+        V1, //
+    },
     client::Vmm,
-    interface::{self, ensure_errno, ioctl, sysfs, Snapshot, SYSFS},
-    uapi::{self, Device, Policy},
+    interface::{
+        self,
+        ensure_errno,
+        ioctl,
+        sysfs,
+        Snapshot,
+        SYSFS, //
+    },
+    uapi::{
+        self,
+        Device,
+        Policy, //
+    }, //
 };
 
 use crate::{
-    child::{in_child, leave_chroot},
-    Test,
+    child::{
+        in_child,
+        leave_chroot, //
+    },
+    Test, //
 };
 
 pub fn tests() -> Vec<Test> {
@@ -252,7 +292,14 @@ fn ioctl_numbers() -> Result<()> {
         .map(|number| 0xbb00 | number)
         .filter(|number| uapi::COMMANDS.iter().all(|(known, _)| known != number));
     // And with another magic, a direction, a size.
-    for command in unknown.chain([0, 0xae00, 0x8040_bb00, 0xc040_bb00, 0x4010_bb01, 0xffff_ffff]) {
+    for command in unknown.chain([
+        0,
+        0xae00,
+        0x8040_bb00,
+        0xc040_bb00,
+        0x4010_bb01,
+        0xffff_ffff,
+    ]) {
         let what = format!("command {command:#x}");
         let result = state.device.bytes(command, &mut bytes(64, 64));
         ensure_errno(&what, result, libc::ENOTTY)?;

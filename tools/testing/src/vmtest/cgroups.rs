@@ -2,22 +2,45 @@
 
 //! Cgroups and their policies in great numbers.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path, //
+};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{
+    ensure,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
 use nix::{
-    sched::{unshare, CloneFlags},
-    unistd::getpid,
+    sched::{
+        unshare,
+        CloneFlags, //
+    },
+    unistd::getpid, //
 };
 use testing::{
-    cgroup::{self, Cgroup},
-    interface::{self, ioctl, sysfs, Snapshot},
+    cgroup::{
+        self,
+        Cgroup, //
+    },
+    interface::{
+        self,
+        ioctl,
+        sysfs,
+        Snapshot, //
+    },
     soon,
-    uapi::Device,
+    uapi::Device, //
 };
 
-use crate::{child::in_child, is_slow_host, Test};
+use crate::{
+    child::in_child,
+    is_slow_host,
+    Test, //
+};
 
 /// Policies that fit.
 const MANY: usize = 100_000;

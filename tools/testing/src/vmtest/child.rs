@@ -4,12 +4,28 @@
 
 use std::fs;
 
-use anyhow::{ensure, Result};
+use anyhow::{
+    ensure,
+    Result, //
+};
 use nix::{
-    mount::{mount, MsFlags},
-    sched::{unshare, CloneFlags},
-    sys::wait::{waitpid, WaitStatus},
-    unistd::{chroot, fork, ForkResult},
+    mount::{
+        mount,
+        MsFlags, //
+    },
+    sched::{
+        unshare,
+        CloneFlags, //
+    },
+    sys::wait::{
+        waitpid,
+        WaitStatus, //
+    },
+    unistd::{
+        chroot,
+        fork,
+        ForkResult, //
+    }, //
 };
 
 /// Runs `body` in a child process and fails with what it found wrong.

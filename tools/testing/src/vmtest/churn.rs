@@ -3,20 +3,33 @@
 //! A process that makes VMs and lets them go, whatever else happens to the host.
 
 use std::{
-    io::{self, ErrorKind},
-    sync::{
-        atomic::{AtomicBool, Ordering},
-        Arc,
+    io::{
+        self,
+        ErrorKind, //
     },
-    thread,
+    sync::{
+        atomic::{
+            AtomicBool,
+            Ordering, //
+        },
+        Arc, //
+    },
+    thread, //
 };
 
 use anyhow::Result;
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize,
+    Serialize, //
+};
 use testing::{
-    payload::Payload,
     pause,
-    vmm::{ensure_complete, Vm, Work},
+    payload::Payload,
+    vmm::{
+        ensure_complete,
+        Vm,
+        Work, //
+    }, //
 };
 
 /// The argument that makes the test program such a process.

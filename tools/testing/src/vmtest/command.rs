@@ -2,21 +2,36 @@
 
 //! The command `exitpolicy`, on a host that has the module and on one that has not.
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{
+    ensure,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
-use serde_json::{json, Value};
+use serde_json::{
+    json,
+    Value, //
+};
 use testing::{
     cgroup::Cgroup,
     client::Vmm,
     exits::Vendor,
-    interface::{self, command, ioctl, sysfs},
+    interface::{
+        self,
+        command,
+        ioctl,
+        sysfs, //
+    },
     modules::Unloaded,
-    uapi::Device,
+    uapi::Device, //
 };
 
 use crate::{
-    matrix::{floor, supported},
-    Test,
+    matrix::{
+        floor,
+        supported, //
+    },
+    Test, //
 };
 
 /// The module is not loaded.

@@ -4,22 +4,42 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    io::{
+        BufRead,
+        BufReader, //
+    },
+    path::{
+        Path,
+        PathBuf, //
+    },
+    process::{
+        Child,
+        Command,
+        Stdio, //
+    }, //
 };
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{
+    ensure,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
 use testing::{
     cgroup::Cgroup,
     exits::Vendor,
-    interface::{self, ioctl},
+    interface::{
+        self,
+        ioctl, //
+    }, //
 };
 
 use crate::{
-    matrix::{floor, supported},
-    Test,
+    matrix::{
+        floor,
+        supported, //
+    },
+    Test, //
 };
 
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";

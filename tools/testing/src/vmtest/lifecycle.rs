@@ -3,30 +3,57 @@
 //! The module and KVM's vendor module come and go, VMs or not.
 
 use std::{
-    io::{BufRead, BufReader, Write},
-    process::{Child, Command, Stdio},
+    io::{
+        BufRead,
+        BufReader,
+        Write, //
+    },
+    process::{
+        Child,
+        Command,
+        Stdio, //
+    }, //
 };
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{
+    bail,
+    ensure,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
 use nix::errno::Errno;
 use testing::{
     cgroup::Cgroup,
     client::Vmm,
     exits::Vendor,
-    interface::{self, ioctl, sysfs},
-    modules::{self, EXITPOLICY},
+    interface::{
+        self,
+        ioctl,
+        sysfs, //
+    },
+    modules::{
+        self,
+        EXITPOLICY, //
+    },
+    pause,
     payload::Payload,
-    pause, soon,
+    soon,
     uapi::Device,
-    vmm::Work,
+    vmm::Work, //
 };
 
 use crate::{
-    churn::{Churned, CHURN},
+    churn::{
+        Churned,
+        CHURN, //
+    },
     is_slow_host,
-    matrix::{check_guest, floor},
-    Test,
+    matrix::{
+        check_guest,
+        floor, //
+    },
+    Test, //
 };
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
@@ -45,9 +72,10 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("lifecycle::vendor_comes_and_goes", move || {
             vendor_comes_and_goes(vendor)
         }),
-        Test::new(format!("lifecycle::every_order_{rounds}_times"), move || {
-            every_order(vendor, rounds)
-        }),
+        Test::new(
+            format!("lifecycle::every_order_{rounds}_times"),
+            move || every_order(vendor, rounds),
+        ),
     ])
 }
 
@@ -245,7 +273,12 @@ enum Step {
 
 /// The four orders in which two modules can come and go.
 const ORDERS: [[Step; 4]; 4] = {
-    use Step::{LoadOurs, LoadVendor, UnloadOurs, UnloadVendor};
+    use Step::{
+        LoadOurs,
+        LoadVendor,
+        UnloadOurs,
+        UnloadVendor, //
+    };
     [
         [LoadVendor, LoadOurs, UnloadOurs, UnloadVendor],
         [LoadVendor, LoadOurs, UnloadVendor, UnloadOurs],

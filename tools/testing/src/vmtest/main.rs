@@ -4,17 +4,31 @@
 //!
 //! Every test is also a test of the kernel's log, and leaves neither VM nor policy behind.
 
-use std::{fs, process::ExitCode};
+use std::{
+    fs,
+    process::ExitCode, //
+};
 
-use anyhow::{anyhow, Context, Result};
-use libtest_mimic::{Arguments, Failed, Trial};
+use anyhow::{
+    anyhow,
+    Context,
+    Result, //
+};
+use libtest_mimic::{
+    Arguments,
+    Failed,
+    Trial, //
+};
 use testing::{
     client::SERVE,
     exits::Vendor,
     interface,
-    kernel_log::{bad_lines, KernelLog},
+    kernel_log::{
+        bad_lines,
+        KernelLog, //
+    },
     modules,
-    server,
+    server, //
 };
 
 mod bad_input;

@@ -2,16 +2,30 @@
 
 //! Every exit in every situation: what the VM gets, what its guest sees, and what is said of it.
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{
+    ensure,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
 use testing::{
     cgroup::Cgroup,
-    client::{Counted, Thread, Vmm},
+    client::{
+        Counted,
+        Thread,
+        Vmm, //
+    },
     exits::Vendor,
-    interface::{self, command, ioctl, sysfs, VmView},
+    interface::{
+        self,
+        command,
+        ioctl,
+        sysfs,
+        VmView, //
+    },
     payload::Payload,
     uapi::Device,
-    vmm::Vm,
+    vmm::Vm, //
 };
 
 use crate::Test;

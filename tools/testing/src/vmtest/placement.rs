@@ -2,23 +2,40 @@
 
 //! Whose cgroup counts, when, and how often: VMMs that move, have threads, fork, fail and die.
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{
+    ensure,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
 use testing::{
     cgroup::Cgroup,
     client::Vmm,
     exits::Vendor,
-    interface::{self, ioctl, sysfs, SwitchedOff, VmView},
+    interface::{
+        self,
+        ioctl,
+        sysfs,
+        SwitchedOff,
+        VmView, //
+    },
     payload::Payload,
-    server::{Answer, Request},
+    server::{
+        Answer,
+        Request, //
+    },
     soon,
     uapi::Device,
-    vmm::Work,
+    vmm::Work, //
 };
 
 use crate::{
-    matrix::{check_guest, floor, supported},
-    Test,
+    matrix::{
+        check_guest,
+        floor,
+        supported, //
+    },
+    Test, //
 };
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
@@ -185,7 +202,10 @@ fn two_vms_of_one_process(vendor: Vendor) -> Result<()> {
     let effective: Vec<Exits> = views.iter().map(|view| view.effective).collect();
     ensure!(effective == [floor | Exits::HLT, floor], "{views:?}");
     let ids: Vec<u64> = views.iter().map(|view| view.id).collect();
-    ensure!(soon(|| Ok(sysfs::vm_ids()? == ids))?, "not {ids:?} in sysfs");
+    ensure!(
+        soon(|| Ok(sysfs::vm_ids()? == ids))?,
+        "not {ids:?} in sysfs"
+    );
     for (id, view) in ids.iter().zip(&views) {
         ensure!(sysfs::vm(*id)? == *view, "sysfs differs from {view:?}");
     }

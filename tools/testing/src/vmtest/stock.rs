@@ -5,11 +5,21 @@
 
 use anyhow::Result;
 use exitpolicy_policy::Exits;
-use testing::{cgroup::Cgroup, client::Vmm, exits::Vendor, modules::Unloaded, payload::Payload};
+use testing::{
+    cgroup::Cgroup,
+    client::Vmm,
+    exits::Vendor,
+    modules::Unloaded,
+    payload::Payload, //
+};
 
 use crate::{
-    matrix::{check_guest, floor, supported},
-    Test,
+    matrix::{
+        check_guest,
+        floor,
+        supported, //
+    },
+    Test, //
 };
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {

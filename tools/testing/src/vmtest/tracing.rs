@@ -2,15 +2,29 @@
 
 //! What ftrace says: which functions are hooked and how, and the tracepoint of a decision.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path, //
+};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{
+    ensure,
+    Context,
+    Result, //
+};
 use exitpolicy_policy::Exits;
 use testing::{
     cgroup::Cgroup,
     client::Vmm,
-    exits::{Vendor, TRACEFS},
-    interface::{self, ioctl, VmView},
+    exits::{
+        Vendor,
+        TRACEFS, //
+    },
+    interface::{
+        self,
+        ioctl,
+        VmView, //
+    }, //
 };
 
 use crate::Test;
