@@ -29,10 +29,7 @@ use crate::{
     },
 };
 use kernel::{
-    bindings,
-    impl_has_work,
-    new_mutex,
-    new_work,
+    bindings, impl_has_work, new_mutex, new_work,
     prelude::*,
     rbtree::{
         RBTree,
@@ -68,7 +65,7 @@ pub(crate) struct Admin {
 }
 
 /// `cgroups` and `vms`, with what is below them. Field order is drop order: children first.
-pub(crate) struct Directories {
+struct Directories {
     policies: RBTree<u64, Pin<KBox<Directory<PolicyFiles>>>>,
     vms: RBTree<u64, Pin<KBox<Directory<VmFiles>>>>,
     cgroups_parent: Pin<KBox<Directory<()>>>,
@@ -147,7 +144,8 @@ impl Admin {
     }
 
     /// Changes those sets of a cgroup's policy that are given, makes the policy if there is none,
-    /// and returns the result. Fails with [`ENODEV`] if the cgroup is being removed.
+    /// and returns the result. Fails with [`ENODEV`] if the cgroup is being removed, and with
+    /// [`EOPNOTSUPP`] if it is threaded: its processes are those of its domain.
     pub(crate) fn set_policy(
         &self,
         cgroup: &Cgroup,
@@ -166,7 +164,8 @@ impl Admin {
         }
     }
 
-    /// Gives a cgroup a policy that changes nothing yet. Fails with [`EEXIST`] if it has one.
+    /// Gives a cgroup a policy that changes nothing yet. Fails with [`EEXIST`] if it has one,
+    /// and otherwise as [`Admin::set_policy`].
     pub(crate) fn attach(&self, cgroup: &Cgroup) -> Result {
         let mut directories = self.directories.lock();
         if self.engine.store.get(cgroup.id()).is_some() {
@@ -181,6 +180,9 @@ impl Admin {
         cgroup: &Cgroup,
         policy: Policy,
     ) -> Result {
+        if cgroup.is_threaded() {
+            return Err(EOPNOTSUPP);
+        }
         let id = cgroup.id();
         let directories = directories.as_mut().ok_or(ENODEV)?;
         let directory = Directory::new(
@@ -259,7 +261,9 @@ impl Admin {
             Parent::Directory(&directories.vms_parent),
             VmFiles::new(self.engine.clone(), vm),
         )?;
-        directories.vms.try_create_and_insert(vm, directory, GFP_KERNEL)?;
+        directories
+            .vms
+            .try_create_and_insert(vm, directory, GFP_KERNEL)?;
         Ok(())
     }
 }

@@ -13,55 +13,77 @@ use kernel::{
     str::CString, //
 };
 
-include!(concat!(
-    env!("EXITPOLICY_BINDINGS"),
-    "/build_ids.rs"
-));
+include!(concat!(env!("EXITPOLICY_BINDINGS"), "/build_ids.rs"));
 
 /// `NT_GNU_BUILD_ID` of include/uapi/linux/elf.h.
 const NT_GNU_BUILD_ID: u32 = 3;
 
-/// Compares the build id of KVM's image `module` with the one that was built for; one that was not
-/// a module then is part of the kernel. Process context, may sleep.
+/// Where an image's code is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Image {
+    /// In a module.
+    Module,
+    /// In the kernel itself.
+    Kernel,
+}
+
+const KERNEL_NOTES: &CStr = c"/sys/kernel/notes";
+
+/// Whether build ids can be read at all, as the current task sees `/sys`. Says so if not.
+pub(crate) fn check_readable() -> Result {
+    OwnedFile::open(KERNEL_NOTES, bindings::O_RDONLY)
+        .map(|_| ())
+        .inspect_err(|error| {
+            pr_err!(
+                "cannot read {}: {:?}; is /sys mounted?\n",
+                KERNEL_NOTES,
+                *error
+            );
+        })
+}
+
+/// Compares the build id of KVM's image `module` with the one that was built for; what was not a
+/// module then is part of the kernel. Process context, may sleep.
 ///
-/// Fails with [`ENOENT`] if it is not loaded, and with [`ENOEXEC`], after saying why, if it is
-/// another build.
-pub(crate) fn check(module: &CStr) -> Result {
-    let expected = |image| BUILD_IDS.iter().find(|(name, _)| *name == image);
-    let (image, expected, path) = match (expected(module), expected(c"vmlinux")) {
-        (Some((image, id)), _) => (
-            image,
-            *id,
-            CString::try_from_fmt(fmt!("/sys/module/{}/notes/.note.gnu.build-id", module))?,
-        ),
-        (None, Some((image, id))) => (
-            image,
-            *id,
-            CString::try_from_fmt(fmt!("/sys/kernel/notes"))?,
-        ),
-        (None, None) => return Err(ENOENT),
+/// Fails with [`ENOENT`] if it is not loaded, and with another error, after saying why, if it is
+/// another build or that cannot be found out.
+pub(crate) fn check(module: &CStr) -> Result<Image> {
+    let built_for = |image| BUILD_IDS.iter().find(|(name, _)| *name == image);
+    let (expected, image, path) = if let Some((_, id)) = built_for(module) {
+        let path = CString::try_from_fmt(fmt!("/sys/module/{}/notes/.note.gnu.build-id", module))?;
+        (*id, Image::Module, path)
+    } else if let Some((_, id)) = built_for(c"vmlinux") {
+        let path = CString::try_from_fmt(fmt!("{}", KERNEL_NOTES))?;
+        (*id, Image::Kernel, path)
+    } else {
+        return Err(ENOENT);
     };
     let mut buffer = KVec::from_elem(0, PAGE_SIZE, GFP_KERNEL)?;
-    let notes = OwnedFile::open(&path, bindings::O_RDONLY)?.read(&mut buffer)?;
+    let notes = OwnedFile::open(&path, bindings::O_RDONLY)
+        .and_then(|file| file.read(&mut buffer))
+        .inspect_err(|error| {
+            if *error != ENOENT {
+                pr_err!("cannot read {}: {:?}\n", &*path, *error);
+            }
+        })?;
     let found = gnu_build_id(notes).unwrap_or(&[]);
     if found != expected {
         pr_err!(
             "{} has build id {}, but this module was built for {}: \
              build it again for the running kernel\n",
-            *image,
+            module,
             Hex(found),
             Hex(expected)
         );
         return Err(ENOEXEC);
     }
-    Ok(())
+    Ok(image)
 }
 
 /// Finds the GNU build id among ELF notes.
 fn gnu_build_id(mut notes: &[u8]) -> Option<&[u8]> {
-    let word = |bytes: &[u8], at: usize| {
-        Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
-    };
+    let word =
+        |bytes: &[u8], at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
     loop {
         let name_size = word(notes, 0)? as usize;
         let desc_size = word(notes, 4)? as usize;
@@ -82,6 +104,8 @@ impl kernel::fmt::Display for Hex<'_> {
         if self.0.is_empty() {
             return f.write_str("none");
         }
-        self.0.iter().try_for_each(|byte| f.write_fmt(fmt!("{:02x}", byte)))
+        self.0
+            .iter()
+            .try_for_each(|byte| f.write_fmt(fmt!("{:02x}", byte)))
     }
 }

@@ -10,6 +10,7 @@ use crate::{
         Exits,
         Resolved, //
     },
+    probe::Probe,
     store::Store,
     vendor::{
         self,
@@ -26,7 +27,6 @@ use kernel::{
         atomic::{
             Atomic,
             AtomicFlag,
-            Full,
             Relaxed, //
         },
         rcu, //
@@ -59,8 +59,8 @@ pub(crate) struct Engine {
     missed: Atomic<u64>,
     /// Decisions that took something away that the VMM had asked for.
     clamps: Atomic<u64>,
-    /// The VM that is made to look at KVM, and not to be decided on; see [`Engine::probing`].
-    probe: Atomic<usize>,
+    /// The VM that is made to look at KVM, and not to be decided on.
+    pub(crate) probe: Probe,
 }
 
 impl Engine {
@@ -72,7 +72,7 @@ impl Engine {
             enabled: AtomicFlag::new(true),
             missed: Atomic::new(0),
             clamps: Atomic::new(0),
-            probe: Atomic::new(0),
+            probe: Probe::new(),
         })
     }
 
@@ -89,9 +89,7 @@ impl Engine {
     /// Makes decisions possible, or impossible with nothing.
     pub(crate) fn set_facts(&self, facts: Option<Facts>) {
         let word = facts.map_or(0, |facts| {
-            u64::from(facts.vendor.id())
-                | facts.supported.bits() << 8
-                | facts.floor.bits() << 16
+            u64::from(facts.vendor.id()) | facts.supported.bits() << 8 | facts.floor.bits() << 16
         });
         self.facts.store(word, Relaxed);
     }
@@ -118,17 +116,6 @@ impl Engine {
         self.clamps.load(Relaxed)
     }
 
-    /// From now on the VM with this key is not decided on; what its vCPU's creation tells is only
-    /// that the hook works.
-    pub(crate) fn begin_probing(&self, key: usize) {
-        self.probe.store(key, Relaxed);
-    }
-
-    /// Ends it, and returns whether the hook has fired since [`Engine::begin_probing`].
-    pub(crate) fn end_probing(&self) -> bool {
-        self.probe.xchg(0, Full) == 0
-    }
-
     /// Decides on the VM of a vCPU that is being created, unless it has one already, and writes
     /// the decision into the VM. Returns whether there is a VM more to show.
     ///
@@ -138,11 +125,19 @@ impl Engine {
     /// (virt/kvm/kvm_main.c: kvm_vm_ioctl_create_vcpu()), and has not looked at the flags for this
     /// vCPU yet.
     pub(crate) unsafe fn vcpu_created(&self, vm: kvm::Vm<'_>) -> bool {
+        let online = vm.online_vcpus();
+        let known = self.vms.by_key(vm.key());
         // Only the first vCPU decides. A VM that has one is decided on, or older than we are.
-        if vm.online_vcpus() != 0 {
+        if online != 0 {
+            if let Some(known) = known {
+                self.vms.replace(Record {
+                    vcpus: online + 1,
+                    ..known
+                });
+            }
             return false;
         }
-        if self.probe.cmpxchg(vm.key(), 0, Full).is_ok() {
+        if self.probe.vcpu_created(vm) {
             return false;
         }
         let Some(facts) = self.facts() else {
@@ -151,7 +146,7 @@ impl Engine {
             return false;
         };
 
-        let known = self.earlier_try(vm);
+        let known = known.filter(|before| self.is_earlier_try(vm, before));
         let flags = vm.disabled_exits();
         let current = Exits::from_bits_truncate(flags);
         let requested = match known {
@@ -160,11 +155,10 @@ impl Engine {
             None => current & !facts.floor,
         };
 
-        let current_task = kernel::current!();
-        let leader = current_task.group_leader();
+        let task = kernel::current!();
         let (cgroup, resolved) = {
             let rcu = rcu::read_lock();
-            let cgroup = Cgroup::domain_of(leader, &rcu);
+            let cgroup = Cgroup::of_task(&task, &rcu).domain();
             let resolved = if self.enabled() {
                 self.store.resolve(cgroup)
             } else {
@@ -174,49 +168,59 @@ impl Engine {
         };
         let decision = resolved.decide(facts.floor, requested, facts.supported);
 
-        if decision.effective != current {
-            let unknown = flags & !Exits::ALL.bits();
-            // SAFETY: The caller promises that `kvm->lock` is held; no vCPU is online.
-            unsafe { vm.set_disabled_exits(unknown | decision.effective.bits()) };
-        }
-        if !decision.clamped.is_empty() {
-            self.clamps.add(1, Relaxed);
-        }
-
-        let record = Record {
+        let mut record = Record {
             id: known.map_or(0, |before| before.id),
-            pid: leader.pid() as u32,
+            pid: task.tgid() as u32,
             mm: vm.mm(),
             cgroup,
             floor: facts.floor,
             requested,
             effective: decision.effective,
             clamped: decision.clamped,
+            vcpus: 1,
         };
-        let record = if known.is_some() {
+        if known.is_some() {
             self.vms.replace(record);
-            record
+        } else if let Ok(added) = self.vms.add(vm.key(), record) {
+            record = added;
         } else {
-            // Without memory the decision holds all the same, unlisted: what the administrator
-            // does not allow must not depend on it.
-            self.vms.add(vm.key(), record).unwrap_or_else(|_| {
-                self.count_missed();
-                record
-            })
-        };
+            // What is not allowed is taken all the same. But nothing is given: if this vCPU cannot
+            // be created, nobody would know at the next try that the VMM did not ask for it.
+            record.effective = Resolved {
+                disable: Exits::NONE,
+                ..resolved
+            }
+            .decide(facts.floor, requested, facts.supported)
+            .effective;
+            self.count_missed();
+        }
+
+        if record.effective != current {
+            let unknown = flags & !Exits::ALL.bits();
+            // SAFETY: The caller promises that `kvm->lock` is held; no vCPU is online.
+            unsafe { vm.set_disabled_exits(unknown | record.effective.bits()) };
+        }
+        if !record.clamped.is_empty() {
+            self.clamps.add(1, Relaxed);
+        }
         trace::decision(&record);
         known.is_none()
     }
 
-    /// The record of an earlier try to create this VM's first vCPU, which failed after our hook.
-    fn earlier_try(&self, vm: kvm::Vm<'_>) -> Option<Record> {
-        let record = self.vms.by_key(vm.key())?;
-        if record.mm == vm.mm() {
-            return Some(record);
+    /// Whether a record is of an earlier try to create this VM's first vCPU, which failed after
+    /// our hook, and not of another VM, at the same address, whose end we have not seen.
+    fn is_earlier_try(&self, vm: kvm::Vm<'_>, record: &Record) -> bool {
+        let same = record.mm == vm.mm();
+        if !same {
+            self.vms.remove(vm.key());
+            self.count_missed();
         }
-        // Another VM at the address of one whose end we have not seen.
-        self.vms.remove(vm.key());
-        self.count_missed();
-        None
+        same
+    }
+
+    /// Forgets a VM that is being destroyed, and returns whether it was known.
+    pub(crate) fn vm_destroyed(&self, key: usize) -> bool {
+        self.probe.vm_destroyed(key);
+        self.vms.remove(key)
     }
 }

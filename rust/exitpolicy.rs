@@ -24,6 +24,7 @@ mod kvm;
     reason = "user space compiles the same files, as a crate, and uses more of them"
 )]
 mod policy;
+mod probe;
 mod store;
 mod vendor;
 mod vm;
@@ -53,6 +54,9 @@ impl kernel::fmt::Display for policy::Exits {
         core::fmt::Display::fmt(self, f)
     }
 }
+
+#[cfg(CONFIG_PREEMPT_RT)]
+compile_error!("hooks allocate memory with preemption disabled, which PREEMPT_RT forbids");
 
 module! {
     type: ExitPolicy,
@@ -88,6 +92,7 @@ impl kernel::Module for ExitPolicy {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         // The other way round than the fields are dropped, so that what was made is dropped in the
         // right order if something fails.
+        kvm::check_layouts()?;
         let engine = Arc::pin_init(Engine::new(), GFP_KERNEL)?;
         let admin = Admin::new(engine)?;
         let settled = Settled(admin.clone());
@@ -96,7 +101,7 @@ impl kernel::Module for ExitPolicy {
         let events = HostEvents(host.clone());
         let notifier = KBox::try_pin_init(ModuleNotifier::register(events), GFP_KERNEL)?;
         // From here on a vendor module that comes is hooked; this is for one that is there.
-        host.attach()?;
+        host.attach(None)?;
         let sysfs = Sysfs::new(&admin)?;
         let chardev = KBox::try_pin_init(Chardev::new(admin), GFP_KERNEL)?;
         Ok(Self {

@@ -27,44 +27,23 @@ pub(crate) struct Hooks {
 }
 
 impl Hooks {
-    /// Registers them. Fails with [`ENOENT`] if the vendor module is not loaded, and says which
-    /// hook it was if only one of them is missing, or something else is wrong.
+    /// Registers them. Says which one it was if one cannot be.
     pub(crate) fn register(vendor: &dyn Vendor, admin: &Arc<Admin>) -> Result<Self> {
-        let vcpu_create = KBox::try_pin_init(
-            Fprobe::register(vendor.vcpu_create(), VcpuCreate(admin.clone())),
-            GFP_KERNEL,
-        )
-        .inspect_err(|error| {
-            if *error != ENOENT {
-                complain(vendor.vcpu_create(), *error);
-            }
-        })?;
-        let vm_destroy = KBox::try_pin_init(
-            Fprobe::register(vendor.vm_destroy(), VmDestroy(admin.clone())),
-            GFP_KERNEL,
-        )
-        .map_err(|error| {
-            complain(vendor.vm_destroy(), error);
-            // Not the error that says that there is nothing to hook.
-            if error == ENOENT {
-                ENOEXEC
-            } else {
-                error
-            }
-        })?;
         Ok(Self {
-            _vcpu_create: vcpu_create,
-            _vm_destroy: vm_destroy,
+            _vcpu_create: hook(vendor.vcpu_create(), VcpuCreate(admin.clone()))?,
+            _vm_destroy: hook(vendor.vm_destroy(), VmDestroy(admin.clone()))?,
         })
     }
 }
 
-fn complain(symbol: &CStr, error: Error) {
-    pr_err!(
-        "cannot hook {}: {:?}; this kernel is not one that the module was made for\n",
-        symbol,
-        error
-    );
+fn hook<H: Handler>(symbol: &'static CStr, handler: H) -> Result<Pin<KBox<Fprobe<H>>>> {
+    KBox::try_pin_init(Fprobe::register(symbol, handler), GFP_KERNEL).inspect_err(|error| {
+        pr_err!(
+            "cannot hook {}: {:?}; this kernel is not one that the module was made for\n",
+            symbol,
+            *error
+        );
+    })
 }
 
 /// On entry of `kvm_x86_ops.vcpu_create`: decide on the VM.
@@ -89,7 +68,7 @@ impl Handler for VmDestroy {
     fn entered(&self, call: &Call<'_>) {
         // SAFETY: We are registered on a vm_destroy only.
         let key = unsafe { kvm::Vm::key_of_destroyed(call) };
-        if self.0.engine().vms.remove(key) {
+        if self.0.engine().vm_destroyed(key) {
             Admin::wake(&self.0);
         }
     }

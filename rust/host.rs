@@ -4,7 +4,10 @@
 
 use crate::{
     admin::Admin,
-    build_id,
+    build_id::{
+        self,
+        Image, //
+    },
     engine::Facts,
     hooks::Hooks,
     kernel_ext::module_notifier::ModuleEvents,
@@ -46,85 +49,106 @@ impl Host {
         })
     }
 
-    /// Hooks the vendor module, if one is loaded; no error if none is.
+    /// Hooks the vendor module that is loaded, if there is one.
     ///
-    /// To be called in a task with an address space. Every other error is one that the log
-    /// explains; nothing is hooked then.
-    pub(crate) fn attach(&self) -> Result {
-        let mut attached = self.attached.lock();
-        if attached.is_some() {
-            return Ok(());
-        }
-        // While it is open, the vendor module stays.
-        let kvm = match DevKvm::open() {
-            Ok(kvm) => kvm,
-            Err(ENOENT | ENODEV | ENXIO) => return Ok(()),
-            Err(error) => {
-                pr_err!("cannot open /dev/kvm: {:?}\n", error);
-                return Err(error);
-            }
-        };
-        build_id::check(c"kvm").inspect_err(|error| complain_of_build_id(c"kvm", *error))?;
+    /// `loaded` is a vendor whose module is known to be; then it is an error not to find it. To be
+    /// called in a task with an address space. An error is one that the log explains; nothing is
+    /// hooked then.
+    pub(crate) fn attach(&self, loaded: Option<&dyn Vendor>) -> Result {
+        // Without /sys nobody could tell that there is no KVM.
+        build_id::check_readable()?;
+        let mut uncalled = None;
         for vendor in VENDORS {
-            // Before anything is hooked: a hook reads structures.
-            match build_id::check(vendor.module()) {
-                Ok(()) => (),
-                Err(ENOENT) => continue,
-                Err(error) => {
-                    complain_of_build_id(vendor.module(), error);
-                    return Err(error);
-                }
-            }
-            let hooks = match Hooks::register(vendor, &self.admin) {
-                Ok(hooks) => hooks,
+            let image = match build_id::check(vendor.module()) {
+                Ok(image) => image,
                 Err(ENOENT) => continue,
                 Err(error) => return Err(error),
             };
-            if let Some(facts) = self.probe(&kvm, vendor)? {
-                self.admin.engine().set_facts(Some(facts));
-                *attached = Some(Attached {
-                    vendor,
-                    _hooks: hooks,
-                });
-                pr_info!(
-                    "{}: supported {}, floor {}\n",
-                    vendor.name(),
-                    facts.supported,
-                    facts.floor
-                );
+            build_id::check(c"kvm")?;
+            // Before the lock: opening it may load a module, whose notifier wants the lock. While
+            // it is open, the vendor module stays.
+            let kvm = match DevKvm::open() {
+                Ok(kvm) => kvm,
+                // What is built in need not have found its CPU.
+                Err(ENOENT | ENODEV | ENXIO) if image == Image::Kernel => continue,
+                Err(error) => {
+                    pr_err!(
+                        "{} is loaded, but /dev/kvm cannot be opened: {:?}\n",
+                        vendor.module(),
+                        error
+                    );
+                    return Err(error);
+                }
+            };
+            if self.attach_to(vendor, &kvm)? {
                 return Ok(());
             }
+            // Both may be built in; then one of them is never called.
+            uncalled = Some(vendor);
         }
-        let [amd, intel] = VENDORS.map(Vendor::vcpu_create);
-        pr_err!(
-            "neither {} nor {} can be hooked, or the hook does not fire: this KVM is not one that \
-             the module was made for, or ftrace is off (sysctl kernel.ftrace_enabled)\n",
-            amd,
-            intel
-        );
-        Err(ENOEXEC)
+        match (uncalled, loaded) {
+            (None, None) => Ok(()),
+            (Some(vendor), _) => {
+                pr_err!(
+                    "{} or {} was not called when a VM was made and removed\n",
+                    vendor.vcpu_create(),
+                    vendor.vm_destroy()
+                );
+                Err(ENOEXEC)
+            }
+            (None, Some(vendor)) => {
+                pr_err!(
+                    "{} is loaded, but not to be found in /sys\n",
+                    vendor.module()
+                );
+                Err(ENOENT)
+            }
+        }
     }
 
-    /// Makes a VM to see what KVM does by itself, and whether this vendor's hook fires. Returns
-    /// nothing if it does not.
-    fn probe(&self, kvm: &DevKvm, vendor: &'static dyn Vendor) -> Result<Option<Facts>> {
+    /// Hooks one vendor module. Returns whether the hooks fire; if not, nothing is hooked.
+    fn attach_to(&self, vendor: &'static dyn Vendor, kvm: &DevKvm) -> Result<bool> {
+        let mut attached = self.attached.lock();
+        if attached.is_some() {
+            return Ok(true);
+        }
         let engine = self.admin.engine();
-        let accepted = kvm.accepted_exits();
-        let floor = kvm.probe_floor(|key| engine.begin_probing(key));
-        // In any case, lest another VM at the same address is taken for it.
-        let fired = engine.end_probing();
-        let floor = floor.inspect_err(|error| {
-            if *error == EUCLEAN {
-                pr_err!("struct kvm is not laid out as the one that the module was built for\n");
-            } else {
-                pr_err!("cannot make a VM to look at KVM: {:?}\n", *error);
-            }
-        })?;
-        Ok(fired.then_some(Facts {
+        let supported = vendor.supported(kvm.accepted_exits()?);
+        let hooks = Hooks::register(vendor, &self.admin)?;
+        let floor =
+            engine
+                .probe
+                .run(|| kvm.make_throw_away_vm())
+                .inspect_err(|error| match *error {
+                    EUCLEAN => pr_err!(
+                        "a VM of {} has flags or a state that we do not know\n",
+                        vendor.module()
+                    ),
+                    error => pr_err!(
+                        "cannot make a VM to look at {}: {:?}\n",
+                        vendor.module(),
+                        error
+                    ),
+                })?;
+        let Some(floor) = floor else {
+            return Ok(false);
+        };
+        engine.set_facts(Some(Facts {
             vendor,
-            supported: vendor.supported(accepted?),
+            supported,
             floor,
-        }))
+        }));
+        *attached = Some(Attached {
+            vendor,
+            _hooks: hooks,
+        });
+        pr_info!(
+            "{}: supported {}, floor {}\n",
+            vendor.name(),
+            supported,
+            floor
+        );
+        Ok(true)
     }
 
     /// Removes the hooks on `module`, or on any if there is no name, and forgets its VMs.
@@ -152,25 +176,14 @@ impl PinnedDrop for Host {
     }
 }
 
-/// For what [`build_id::check`] does not say itself.
-fn complain_of_build_id(image: &CStr, error: Error) {
-    if error != ENOEXEC {
-        pr_err!(
-            "cannot read the build id of {} in /sys: {:?}\n",
-            image,
-            error
-        );
-    }
-}
-
 /// A [`Host`] as the module notifier sees it.
 pub(crate) struct HostEvents(pub(crate) Arc<Host>);
 
 impl ModuleEvents for HostEvents {
     fn module_live(&self, name: &CStr) {
-        if VENDORS.iter().any(|vendor| vendor.module() == name) {
+        if let Some(vendor) = VENDORS.into_iter().find(|vendor| vendor.module() == name) {
             // The log has the reason. The vendor module works as if we were not there.
-            let _ = self.0.attach();
+            let _ = self.0.attach(Some(vendor));
         }
     }
 

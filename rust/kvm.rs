@@ -15,6 +15,10 @@ use crate::{
 };
 use core::{
     marker::PhantomData,
+    mem::{
+        offset_of,
+        size_of, //
+    },
     ptr::{
         self,
         NonNull, //
@@ -23,8 +27,7 @@ use core::{
 use kernel::{
     bindings as kernel_bindings,
     ffi::c_long,
-    prelude::*,
-    task::Task, //
+    prelude::*, //
 };
 
 /// A `struct kvm`, for as long as the context that gave it to us lasts.
@@ -96,9 +99,7 @@ impl<'a> Vm<'a> {
     /// The number of vCPUs that user space can reach. Grows only, under `kvm->lock`.
     pub(crate) fn online_vcpus(self) -> u32 {
         // SAFETY: Alive, by the invariant; an atomic counter, read like `atomic_read()` does.
-        unsafe {
-            ptr::read_volatile(&raw const (*self.ptr.as_ptr()).online_vcpus.counter) as u32
-        }
+        unsafe { ptr::read_volatile(&raw const (*self.ptr.as_ptr()).online_vcpus.counter) as u32 }
     }
 
     /// The address space that the VM belongs to, as an identity only. Never changes.
@@ -107,32 +108,58 @@ impl<'a> Vm<'a> {
         unsafe { (*self.ptr.as_ptr()).mm.addr() }
     }
 
-    fn created_vcpus(self) -> c_int {
-        // SAFETY: Alive, by the invariant; changes under `kvm->lock`, but may be read without.
+    /// The number of vCPUs that exist or are being created. Changes under `kvm->lock`.
+    pub(crate) fn created_vcpus(self) -> c_int {
+        // SAFETY: Alive, by the invariant.
         unsafe { ptr::read_volatile(&raw const (*self.ptr.as_ptr()).created_vcpus) }
-    }
-
-    fn max_vcpus(self) -> c_int {
-        // SAFETY: As above.
-        unsafe { ptr::read_volatile(&raw const (*self.ptr.as_ptr()).max_vcpus) }
     }
 }
 
-/// Reads the number of online vCPUs of the VM with this key.
-///
-/// # Safety
-///
-/// The VM must be alive: the caller holds a lock that its vm_destroy has to take.
-pub(crate) unsafe fn online_vcpus_of(key: usize) -> u32 {
-    match NonNull::new(ptr::with_exposed_provenance_mut(key)) {
-        // INVARIANT: Alive, as the caller promises.
-        Some(ptr) => Vm {
-            ptr,
-            _lifetime: PhantomData,
+/// Compares the layouts that bindgen found with those that the C compiler found. Says what
+/// differs, and fails with [`ENOEXEC`].
+pub(crate) fn check_layouts() -> Result {
+    // SAFETY: A constant.
+    let c = unsafe { &*(&raw const bindings::exitpolicy_layout) };
+    for (what, rust, c) in [
+        ("sizeof(struct kvm)", size_of::<bindings::kvm>(), c.kvm_size),
+        ("kvm.mm", offset_of!(bindings::kvm, mm), c.kvm_mm),
+        (
+            "kvm.created_vcpus",
+            offset_of!(bindings::kvm, created_vcpus),
+            c.kvm_created_vcpus,
+        ),
+        (
+            "kvm.online_vcpus",
+            offset_of!(bindings::kvm, online_vcpus),
+            c.kvm_online_vcpus,
+        ),
+        (
+            "kvm.arch.disabled_exits",
+            offset_of!(bindings::kvm, arch.disabled_exits),
+            c.kvm_disabled_exits,
+        ),
+        (
+            "kvm_vcpu.kvm",
+            offset_of!(bindings::kvm_vcpu, kvm),
+            c.kvm_vcpu_kvm,
+        ),
+        (
+            "sizeof(struct fprobe)",
+            size_of::<bindings::fprobe>(),
+            c.fprobe_size,
+        ),
+        (
+            "fprobe.entry_handler",
+            offset_of!(bindings::fprobe, entry_handler),
+            c.fprobe_entry_handler,
+        ),
+    ] {
+        if rust != c {
+            pr_err!("{} is {} in the bindings and {} in C\n", what, rust, c);
+            return Err(ENOEXEC);
         }
-        .online_vcpus(),
-        None => 0,
     }
+    Ok(())
 }
 
 /// `/dev/kvm`, opened from within the kernel. While it is open, the vendor module stays loaded.
@@ -151,8 +178,7 @@ impl DevKvm {
 
     /// KVM_CHECK_EXTENSION.
     fn check_extension(&self, extension: u32) -> Result<c_long> {
-        self.0
-            .ioctl(bindings::CONST_KVM_CHECK_EXTENSION, extension)
+        self.0.ioctl(bindings::CONST_KVM_CHECK_EXTENSION, extension)
     }
 
     /// The exits that KVM_CAP_X86_DISABLE_EXITS accepts on this host.
@@ -161,45 +187,16 @@ impl DevKvm {
             .map(|bits| Exits::from_bits_truncate(bits as u64))
     }
 
-    /// Makes a VM with one vCPU, for a look at what KVM makes of it, and returns the exits that
-    /// KVM disabled in it by itself.
-    ///
-    /// `before_vcpu` is told the VM's key before the vCPU is created. Needs a task with an address
-    /// space and a table of file descriptors. The VM is gone when that task returns to user space.
-    ///
-    /// Fails with [`EUCLEAN`] if `struct kvm` does not look like the one that we know.
-    pub(crate) fn probe_floor(&self, before_vcpu: impl FnOnce(usize)) -> Result<Exits> {
+    /// Makes a VM with one vCPU and removes them again, for hooks to look at. Needs a task with an
+    /// address space and a table of file descriptors.
+    pub(crate) fn make_throw_away_vm(&self) -> Result {
         let vm_fd = OwnedFd::from_ioctl(self.0.ioctl(bindings::CONST_KVM_CREATE_VM, 0)?);
-        let vm_file = vm_fd.file()?;
-        // kvm_init() gives /dev/kvm's and the VM files' operations the same owner. A thread of
-        // this task that plays with the descriptor meanwhile gets no further than here.
-        if vm_file.owner() != self.0.owner() {
-            return Err(EBADF);
-        }
-        let vm = Vm {
-            // INVARIANT: The VM that we have just made is what its file's private data points to,
-            // and `vm_file`, which outlives `vm`, holds it.
-            ptr: NonNull::new(vm_file.private_data().cast()).ok_or(EBADF)?,
-            _lifetime: PhantomData,
-        };
-
-        // SAFETY: `current` is valid, and its `mm` changes by its own doing only.
-        let mm = unsafe { (*Task::current_raw()).mm }.addr();
-        let max_vcpus = self.check_extension(bindings::KVM_CAP_MAX_VCPUS)?;
-        let floor = Exits::from_bits(vm.disabled_exits()).ok_or(EUCLEAN)?;
-        if vm.mm() != mm
-            || vm.max_vcpus() as c_long != max_vcpus
-            || (vm.created_vcpus(), vm.online_vcpus()) != (0, 0)
-        {
-            return Err(EUCLEAN);
-        }
-
-        before_vcpu(vm.key());
-        let _vcpu_fd =
-            OwnedFd::from_ioctl(vm_file.ioctl(bindings::CONST_KVM_CREATE_VCPU, 0)?);
-        if (vm.created_vcpus(), vm.online_vcpus()) != (1, 1) {
-            return Err(EUCLEAN);
-        }
-        Ok(floor)
+        let vm = vm_fd.file()?;
+        let vcpu_fd = OwnedFd::from_ioctl(vm.ioctl(bindings::CONST_KVM_CREATE_VCPU, 0)?);
+        // The vCPU holds the VM, and the last reference to each is to be put now, not on the way
+        // back to user space.
+        drop(vm);
+        vcpu_fd.close_now()?;
+        vm_fd.close_now()
     }
 }

@@ -70,7 +70,11 @@ impl Store {
 
     /// Gives a cgroup a policy. The caller keeps others from adding or removing any meanwhile.
     pub(crate) fn add(&self, cgroup: u64, policy: Policy) -> Result {
-        if self.policies.insert(cgroup as usize, pack(policy))?.is_none() {
+        if self
+            .policies
+            .insert(cgroup as usize, pack(policy))?
+            .is_none()
+        {
             self.count.add(1, Relaxed);
         }
         Ok(())
@@ -85,7 +89,9 @@ impl Store {
         allow: Option<Exits>,
     ) -> Option<Policy> {
         self.policies
-            .update(cgroup as usize, |old| pack(unpack(old).with(disable, allow)))
+            .update(cgroup as usize, |old| {
+                pack(unpack(old).with(disable, allow))
+            })
             .map(unpack)
     }
 
@@ -105,10 +111,12 @@ impl Store {
             .map(|(id, value)| (id as u64, unpack(value)))
     }
 
-    /// What a VM in `cgroup` is subject to. Any context in which `cgroup` may be used.
+    /// What a VM in `cgroup`, or in the domain of it, is subject to. Any context in which `cgroup`
+    /// may be used.
     pub(crate) fn resolve(&self, cgroup: &Cgroup) -> Resolved {
         Resolved::from_nearest_to_root(
             cgroup
+                .domain()
                 .ancestors_and_self()
                 .map(Cgroup::id)
                 .filter_map(|id| self.get(id).map(|policy| (id, policy))),

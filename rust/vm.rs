@@ -7,13 +7,13 @@ use crate::{
         new_raw_spinlock,
         RawSpinLock, //
     },
-    kvm,
     policy::Exits, //
 };
 use kernel::{
     prelude::*,
     rbtree::{
         RBTree,
+        RBTreeNode,
         RBTreeNodeReservation, //
     },
 };
@@ -33,29 +33,26 @@ pub(crate) struct Record {
     pub(crate) requested: Exits,
     pub(crate) effective: Exits,
     pub(crate) clamped: Exits,
-}
-
-struct Entry {
-    record: Record,
-    key: usize,
+    /// One that is being created included.
+    pub(crate) vcpus: u32,
 }
 
 struct Tables {
     last_id: u64,
-    by_id: RBTree<u64, Entry>,
+    by_id: RBTree<u64, Record>,
     /// The `struct kvm`'s address -> id.
     by_key: RBTree<usize, u64>,
     count: u64,
     /// Up to which id there may be a directory in sysfs.
     published: u64,
     /// Ids up to `published` whose VM is gone and whose directory may still be there.
-    gone: RBTree<u64, Entry>,
+    gone: RBTree<u64, Record>,
 }
 
 /// The VMs that were decided on and still exist.
 ///
-/// An entry does not hold its VM: it is removed when the VM is destroyed, under the lock, so that
-/// who finds an entry under the lock has a VM that is alive.
+/// An entry does not hold its VM, and nothing is read through it: what is known is what the hooks
+/// saw. It is removed when the VM is destroyed, under the lock.
 #[pin_data]
 pub(crate) struct Vms {
     #[pin]
@@ -83,13 +80,13 @@ impl Vms {
     pub(crate) fn by_key(&self, key: usize) -> Option<Record> {
         let tables = self.tables.lock();
         let id = tables.by_key.get(&key)?;
-        tables.by_id.get(id).map(|entry| entry.record)
+        tables.by_id.get(id).copied()
     }
 
     /// Replaces the record with the same id. Atomic context.
     pub(crate) fn replace(&self, record: Record) {
-        if let Some(entry) = self.tables.lock().by_id.get_mut(&record.id) {
-            entry.record = record;
+        if let Some(known) = self.tables.lock().by_id.get_mut(&record.id) {
+            *known = record;
         }
     }
 
@@ -103,9 +100,7 @@ impl Vms {
             id: tables.last_id,
             ..record
         };
-        tables
-            .by_id
-            .insert(by_id.into_node(record.id, Entry { record, key }));
+        tables.by_id.insert(by_id.into_node(record.id, record));
         tables.by_key.insert(by_key.into_node(key, record.id));
         tables.count += 1;
         Ok(record)
@@ -113,23 +108,19 @@ impl Vms {
 
     /// Forgets the VM with this key, and returns whether it was known. Atomic context.
     pub(crate) fn remove(&self, key: usize) -> bool {
-        let mut tables = self.tables.lock();
-        let Some(id) = tables.by_key.remove(&key) else {
-            return false;
-        };
-        tables.forget(id);
-        true
+        // Memory is freed after the lock, which is a raw one.
+        let forgotten = self.tables.lock().forget(key);
+        forgotten.is_some()
     }
 
     /// Forgets all VMs.
     pub(crate) fn clear(&self) {
         loop {
-            let mut tables = self.tables.lock();
-            let Some((&key, &id)) = tables.by_key.iter().next() else {
-                return;
+            let first = self.tables.lock().by_key.keys().next().copied();
+            match first {
+                Some(key) => self.remove(key),
+                None => return,
             };
-            tables.by_key.remove(&key);
-            tables.forget(id);
         }
     }
 
@@ -138,18 +129,16 @@ impl Vms {
         self.tables.lock().count
     }
 
-    /// The VM with this id, and the number of its vCPUs.
-    pub(crate) fn get(&self, id: u64) -> Option<(Record, u32)> {
-        let tables = self.tables.lock();
-        tables.by_id.get(&id).map(Entry::with_vcpus)
+    /// The VM with this id.
+    pub(crate) fn get(&self, id: u64) -> Option<Record> {
+        self.tables.lock().by_id.get(&id).copied()
     }
 
-    /// The VM with the next higher id, and the number of its vCPUs.
-    pub(crate) fn next_after(&self, id: u64) -> Option<(Record, u32)> {
+    /// The VM with the next higher id.
+    pub(crate) fn next_after(&self, id: u64) -> Option<Record> {
         let tables = self.tables.lock();
         let cursor = tables.by_id.cursor_lower_bound(&id.checked_add(1)?)?;
-        let (_, entry) = cursor.current();
-        Some(entry.with_vcpus())
+        Some(*cursor.current().1)
     }
 
     /// The next VM that has no directory in sysfs yet. The caller is about to make it one.
@@ -176,22 +165,29 @@ impl Vms {
     }
 }
 
-impl Entry {
-    /// To be called under the lock, with an entry of `by_id`.
-    fn with_vcpus(&self) -> (Record, u32) {
-        // SAFETY: An entry of `by_id` under the lock: the VM has not got past its vm_destroy,
-        // where `Vms::remove` takes that lock.
-        (self.record, unsafe { kvm::online_vcpus_of(self.key) })
-    }
-}
-
 impl Tables {
-    fn forget(&mut self, id: u64) {
-        if let Some(node) = self.by_id.remove_node(&id) {
+    /// Forgets a VM, and returns what is to be freed.
+    fn forget(&mut self, key: usize) -> Option<Forgotten> {
+        let id = *self.by_key.get(&key)?;
+        let key = self.by_key.remove_node(&key);
+        let mut record = self.by_id.remove_node(&id);
+        if record.is_some() {
             self.count -= 1;
-            if id <= self.published {
+        }
+        if id <= self.published {
+            if let Some(node) = record.take() {
                 self.gone.insert(node);
             }
         }
+        Some(Forgotten {
+            _key: key,
+            _record: record,
+        })
     }
+}
+
+/// Nodes that are in no tree any more.
+struct Forgotten {
+    _key: Option<RBTreeNode<usize, u64>>,
+    _record: Option<RBTreeNode<u64, Record>>,
 }

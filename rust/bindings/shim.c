@@ -4,7 +4,9 @@
 
 #include <linux/cgroup.h>
 #include <linux/fs.h>
+#include <linux/kvm_host.h>
 #include <linux/nsproxy.h>
+#include <linux/sched/task.h>
 #include <linux/spinlock.h>
 #include <linux/tracepoint.h>
 
@@ -49,15 +51,15 @@ unsigned long exitpolicy_ftrace_regs_argument(struct ftrace_regs *fregs,
 	return ftrace_regs_get_argument(fregs, n);
 }
 
-struct cgroup *exitpolicy_task_domain_cgroup(struct task_struct *task)
+struct cgroup *exitpolicy_task_cgroup(struct task_struct *task)
 {
-	/* dom_cgrp of a domain cgroup is that cgroup. */
-	return task_dfl_cgroup(task)->dom_cgrp;
+	return task_dfl_cgroup(task);
 }
 
-void exitpolicy_cgroup_get(struct cgroup *cgrp)
+struct cgroup *exitpolicy_cgroup_domain(struct cgroup *cgrp)
 {
-	cgroup_get(cgrp);
+	/* Of a domain cgroup, that cgroup. */
+	return cgrp->dom_cgrp;
 }
 
 void exitpolicy_cgroup_put(struct cgroup *cgrp)
@@ -78,6 +80,11 @@ struct cgroup *exitpolicy_cgroup_parent(struct cgroup *cgrp)
 bool exitpolicy_cgroup_is_dead(const struct cgroup *cgrp)
 {
 	return cgroup_is_dead(cgrp);
+}
+
+bool exitpolicy_in_init_cgroup_ns(void)
+{
+	return current->nsproxy->cgroup_ns == init_task.nsproxy->cgroup_ns;
 }
 
 int exitpolicy_cgroup_path(struct cgroup *cgrp, char *buf, size_t size)
@@ -102,6 +109,17 @@ long exitpolicy_file_ioctl(struct file *file, unsigned int cmd,
 		return -ENOTTY;
 	return file->f_op->unlocked_ioctl(file, cmd, arg);
 }
+
+const struct exitpolicy_layout exitpolicy_layout = {
+	.kvm_size = sizeof(struct kvm),
+	.kvm_mm = offsetof(struct kvm, mm),
+	.kvm_created_vcpus = offsetof(struct kvm, created_vcpus),
+	.kvm_online_vcpus = offsetof(struct kvm, online_vcpus),
+	.kvm_disabled_exits = offsetof(struct kvm, arch.disabled_exits),
+	.kvm_vcpu_kvm = offsetof(struct kvm_vcpu, kvm),
+	.fprobe_size = sizeof(struct fprobe),
+	.fprobe_entry_handler = offsetof(struct fprobe, entry_handler),
+};
 
 void exitpolicy_trace_decision(const struct exitpolicy_decision *decision)
 {

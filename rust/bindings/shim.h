@@ -17,7 +17,6 @@ struct lock_class_key;
 struct raw_spinlock;
 struct task_struct;
 struct tracepoint;
-struct work_struct;
 
 void exitpolicy_raw_spin_lock_init(struct raw_spinlock *lock, const char *name,
 				   struct lock_class_key *key);
@@ -30,12 +29,13 @@ unsigned long exitpolicy_ftrace_regs_argument(struct ftrace_regs *fregs,
 					      unsigned int n);
 
 /* Under rcu_read_lock(), which also bounds the use of the result. */
-struct cgroup *exitpolicy_task_domain_cgroup(struct task_struct *task);
-void exitpolicy_cgroup_get(struct cgroup *cgrp);
+struct cgroup *exitpolicy_task_cgroup(struct task_struct *task);
+struct cgroup *exitpolicy_cgroup_domain(struct cgroup *cgrp);
 void exitpolicy_cgroup_put(struct cgroup *cgrp);
 u64 exitpolicy_cgroup_id(const struct cgroup *cgrp);
 struct cgroup *exitpolicy_cgroup_parent(struct cgroup *cgrp);
 bool exitpolicy_cgroup_is_dead(const struct cgroup *cgrp);
+bool exitpolicy_in_init_cgroup_ns(void);
 int exitpolicy_cgroup_path(struct cgroup *cgrp, char *buf, size_t size);
 
 const char *exitpolicy_tracepoint_name(const struct tracepoint *tp);
@@ -44,6 +44,20 @@ void exitpolicy_tracepoint_synchronize(void);
 /* An indirect call, made here so that it carries C's CFI type. */
 long exitpolicy_file_ioctl(struct file *file, unsigned int cmd,
 			   unsigned long arg);
+
+/* Layouts as the compiler sees them that compiles this, KVM's own. */
+struct exitpolicy_layout {
+	size_t kvm_size;
+	size_t kvm_mm;
+	size_t kvm_created_vcpus;
+	size_t kvm_online_vcpus;
+	size_t kvm_disabled_exits;
+	size_t kvm_vcpu_kvm;
+	size_t fprobe_size;
+	size_t fprobe_entry_handler;
+};
+
+extern const struct exitpolicy_layout exitpolicy_layout;
 
 struct exitpolicy_decision {
 	u64 vm;

@@ -143,6 +143,8 @@ impl UserArgument {
         }
         let this = Self { address, size };
         let mut argument = this.read::<T>()?;
+        // What cannot be answered is not done.
+        this.write(&argument)?;
         command(&mut argument)?;
         this.write(&argument)?;
         Ok(0)
@@ -169,11 +171,7 @@ impl MiscDevice for Session {
         // SAFETY: `Session`s are registered by `Chardev::new` only, so that `device` is the field
         // of a `Chardev`; deregistration waits for this call, and `admin` was initialised first.
         let chardev = unsafe {
-            &*kernel::container_of!(
-                core::ptr::from_ref(device).cast_mut(),
-                Chardev,
-                device
-            )
+            &*kernel::container_of!(core::ptr::from_ref(device).cast_mut(), Chardev, device)
         };
         Ok(KBox::new(
             Self {
@@ -316,11 +314,11 @@ impl Session {
     }
 }
 
-fn fill(argument: &mut uapi::exitpolicy_vm, (record, vcpus): (Record, u32)) {
+fn fill(argument: &mut uapi::exitpolicy_vm, record: Record) {
     argument.id = record.id;
     argument.cgroup_id = record.cgroup;
     argument.pid = record.pid;
-    argument.vcpus = vcpus;
+    argument.vcpus = record.vcpus;
     argument.floor = record.floor.bits();
     argument.requested = record.requested.bits();
     argument.effective = record.effective.bits();

@@ -8,11 +8,16 @@ use crate::{
     engine::Engine,
     kernel_ext::{
         capability::require_sys_admin,
-        cgroup::Cgroup,
+        cgroup::{
+            all_visible,
+            Cgroup,
+            CgroupRef, //
+        },
         kobject::{
             Attribute,
             Attributes,
             Directory,
+            Output,
             Parent, //
         },
     },
@@ -26,10 +31,6 @@ use kernel::{
     bindings,
     fmt::Write,
     prelude::*,
-    str::{
-        CString,
-        Formatter, //
-    },
     sync::Arc, //
 };
 
@@ -66,22 +67,25 @@ impl Sysfs {
 }
 
 /// Writes what [`Display`](kernel::fmt::Display) makes of a value.
-fn show(out: &mut Formatter<'_>, value: impl kernel::fmt::Display) -> Result {
+fn show(out: &mut Output<'_>, value: impl kernel::fmt::Display) -> Result {
     out.write_fmt(fmt!("{}", value)).map_err(|_| ENOSPC)
 }
 
-fn parse(text: &str) -> Result<Exits> {
+fn parse(text: &[u8]) -> Result<Exits> {
+    let text = core::str::from_utf8(text).map_err(|_| EINVAL)?;
     text.parse().map_err(|_| EINVAL)
 }
 
-/// Writes a cgroup's path as the reader's cgroup namespace has it, or `removed`.
-fn show_path(out: &mut Formatter<'_>, cgroup: u64) -> Result {
+/// Writes a cgroup's path as the reader's cgroup namespace has it, or `removed`, or `hidden` if it
+/// is outside of that namespace or removed.
+fn show_path(out: &mut Output<'_>, cgroup: u64) -> Result {
     match Cgroup::from_id(cgroup) {
         Ok(cgroup) => {
             let mut buffer = KVec::from_elem(0, bindings::PATH_MAX as usize, GFP_KERNEL)?;
-            show(out, cgroup.path(&mut buffer)?)
+            out.write_bytes(cgroup.path(&mut buffer)?.to_bytes())
         }
-        Err(ENOENT) => show(out, "removed"),
+        Err(ENOENT) if all_visible() => out.write_bytes(b"removed"),
+        Err(ENOENT) => out.write_bytes(b"hidden"),
         Err(error) => Err(error),
     }
 }
@@ -94,25 +98,37 @@ impl RootFiles {
         self.0.engine()
     }
 
-    fn cgroup_at(path: &str) -> Result<kernel::sync::aref::ARef<Cgroup>> {
+    fn cgroup_at(path: &[u8]) -> Result<CgroupRef> {
         // Paths are those of /proc/PID/cgroup, which begin with a slash.
-        if !path.starts_with('/') {
+        if !path.starts_with(b"/") {
             return Err(EINVAL);
         }
-        Cgroup::from_path(&CString::try_from_fmt(fmt!("{}", path))?)
+        let mut bytes = KVec::with_capacity(path.len() + 1, GFP_KERNEL)?;
+        bytes.extend_from_slice(path, GFP_KERNEL)?;
+        bytes.push(0, GFP_KERNEL)?;
+        Cgroup::from_path(CStr::from_bytes_with_nul(&bytes).map_err(|_| EINVAL)?)
     }
 }
 
 impl Attributes for RootFiles {
     const ATTRIBUTES: &'static [Attribute<Self>] = &[
         Attribute::public(c"vendor", |root: &Self, out| {
-            show(out, root.engine().facts().map_or("none", |it| it.vendor.name()))
+            show(
+                out,
+                root.engine().facts().map_or("none", |it| it.vendor.name()),
+            )
         }),
         Attribute::public(c"supported", |root: &Self, out| {
-            show(out, root.engine().facts().map_or(Exits::NONE, |it| it.supported))
+            show(
+                out,
+                root.engine().facts().map_or(Exits::NONE, |it| it.supported),
+            )
         }),
         Attribute::public(c"floor", |root: &Self, out| {
-            show(out, root.engine().facts().map_or(Exits::NONE, |it| it.floor))
+            show(
+                out,
+                root.engine().facts().map_or(Exits::NONE, |it| it.floor),
+            )
         }),
         Attribute::public(c"enabled", |root: &Self, out| {
             show(out, u8::from(root.engine().enabled()))
@@ -120,18 +136,23 @@ impl Attributes for RootFiles {
         .writable(|root: &Self, text| {
             require_sys_admin()?;
             let enabled = match text {
-                "1" => true,
-                "0" => false,
+                b"1" => true,
+                b"0" => false,
                 _ => return Err(EINVAL),
             };
             root.engine().set_enabled(enabled);
             Ok(())
         }),
-        Attribute::public(c"missed", |root: &Self, out| show(out, root.engine().missed())),
-        Attribute::public(c"clamps", |root: &Self, out| show(out, root.engine().clamps())),
+        Attribute::public(c"missed", |root: &Self, out| {
+            show(out, root.engine().missed())
+        }),
+        Attribute::public(c"clamps", |root: &Self, out| {
+            show(out, root.engine().clamps())
+        }),
         Attribute::write_only(c"attach", |root: &Self, path| {
             require_sys_admin()?;
-            root.0.attach(&*Self::cgroup_at(path)?)
+            let cgroup = Self::cgroup_at(path)?;
+            root.0.attach(&cgroup)
         }),
         Attribute::write_only(c"detach", |root: &Self, path| {
             require_sys_admin()?;
@@ -168,8 +189,10 @@ impl PolicyFiles {
 impl Attributes for PolicyFiles {
     const ATTRIBUTES: &'static [Attribute<Self>] = &[
         Attribute::private(c"path", |this: &Self, out| show_path(out, this.cgroup)),
-        Attribute::private(c"disable", |this: &Self, out| show(out, this.policy()?.disable))
-            .writable(|this: &Self, text| this.change(Some(parse(text)?), None)),
+        Attribute::private(c"disable", |this: &Self, out| {
+            show(out, this.policy()?.disable)
+        })
+        .writable(|this: &Self, text| this.change(Some(parse(text)?), None)),
         Attribute::private(c"allow", |this: &Self, out| show(out, this.policy()?.allow))
             .writable(|this: &Self, text| this.change(None, Some(parse(text)?))),
     ];
@@ -187,10 +210,6 @@ impl VmFiles {
     }
 
     fn record(&self) -> Result<Record> {
-        Ok(self.vm()?.0)
-    }
-
-    fn vm(&self) -> Result<(Record, u32)> {
         self.engine.vms.get(self.id).ok_or(ENODEV)
     }
 }
@@ -198,11 +217,17 @@ impl VmFiles {
 impl Attributes for VmFiles {
     const ATTRIBUTES: &'static [Attribute<Self>] = &[
         Attribute::private(c"pid", |vm: &Self, out| show(out, vm.record()?.pid)),
-        Attribute::private(c"cgroup", |vm: &Self, out| show_path(out, vm.record()?.cgroup)),
+        Attribute::private(c"cgroup", |vm: &Self, out| {
+            show_path(out, vm.record()?.cgroup)
+        }),
         Attribute::private(c"floor", |vm: &Self, out| show(out, vm.record()?.floor)),
-        Attribute::private(c"requested", |vm: &Self, out| show(out, vm.record()?.requested)),
-        Attribute::private(c"effective", |vm: &Self, out| show(out, vm.record()?.effective)),
+        Attribute::private(c"requested", |vm: &Self, out| {
+            show(out, vm.record()?.requested)
+        }),
+        Attribute::private(c"effective", |vm: &Self, out| {
+            show(out, vm.record()?.effective)
+        }),
         Attribute::private(c"clamped", |vm: &Self, out| show(out, vm.record()?.clamped)),
-        Attribute::private(c"vcpus", |vm: &Self, out| show(out, vm.vm()?.1)),
+        Attribute::private(c"vcpus", |vm: &Self, out| show(out, vm.record()?.vcpus)),
     ];
 }

@@ -6,16 +6,15 @@
 
 use super::tracepoint::TracepointProbe;
 use crate::bindings as shim;
-use core::ptr::NonNull;
+use core::{
+    ops::Deref,
+    ptr::NonNull, //
+};
 use kernel::{
     bindings,
     error::from_err_ptr,
     prelude::*,
     sync::{
-        aref::{
-            ARef,
-            AlwaysRefCounted, //
-        },
         rcu,
         Arc,
         ArcBorrow, //
@@ -41,17 +40,33 @@ unsafe impl Send for Cgroup {}
 // SAFETY: The methods of `&Cgroup` may run in parallel.
 unsafe impl Sync for Cgroup {}
 
-// SAFETY: Reference-counted by C.
-unsafe impl AlwaysRefCounted for Cgroup {
-    fn inc_ref(&self) {
-        // SAFETY: Pinned, by the type invariant. A cgroup that only RCU pins may have no reference
-        // left, but `ARef`s are made by `from_raw` only, from a counted one.
-        unsafe { shim::exitpolicy_cgroup_get(self.raw()) };
-    }
+/// A counted reference to a cgroup.
+///
+/// There is no way from a `&Cgroup` to one: a cgroup that only RCU pins may have no reference left.
+///
+/// # Invariants
+///
+/// The pointer is to a cgroup with a reference that is ours.
+pub(crate) struct CgroupRef(NonNull<Cgroup>);
 
-    unsafe fn dec_ref(cgroup: NonNull<Self>) {
-        // SAFETY: The caller gives up a reference.
-        unsafe { shim::exitpolicy_cgroup_put(cgroup.cast().as_ptr()) };
+// SAFETY: A cgroup may be used and put from any thread.
+unsafe impl Send for CgroupRef {}
+// SAFETY: Gives access to a `Cgroup`, which is `Sync`.
+unsafe impl Sync for CgroupRef {}
+
+impl Deref for CgroupRef {
+    type Target = Cgroup;
+
+    fn deref(&self) -> &Cgroup {
+        // SAFETY: Valid, by the type invariant. INVARIANT: Pinned by our reference.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl Drop for CgroupRef {
+    fn drop(&mut self) {
+        // SAFETY: The reference is ours, by the type invariant.
+        unsafe { shim::exitpolicy_cgroup_put(self.raw()) };
     }
 }
 
@@ -61,16 +76,16 @@ impl Cgroup {
     /// # Safety
     ///
     /// `cgroup` must be an error pointer, or point to a cgroup with a reference for us.
-    unsafe fn from_raw(cgroup: *mut bindings::cgroup) -> Result<ARef<Self>> {
+    unsafe fn from_raw(cgroup: *mut bindings::cgroup) -> Result<CgroupRef> {
         let cgroup = NonNull::new(from_err_ptr(cgroup)?).ok_or(ENOENT)?;
-        // SAFETY: `Self` is a transparent wrapper. The caller gives us a reference.
-        Ok(unsafe { ARef::from_raw(cgroup.cast()) })
+        // INVARIANT: The caller gives us a reference; `Self` is a transparent wrapper.
+        Ok(CgroupRef(cgroup.cast()))
     }
 
     /// The cgroup of a directory that the current task has open. Fails with [`EBADF`] if the file
     /// is no cgroup directory or belongs to a v1 hierarchy, and with [`ENODEV`] if the cgroup is
     /// being removed.
-    pub(crate) fn from_fd(fd: i32) -> Result<ARef<Self>> {
+    pub(crate) fn from_fd(fd: i32) -> Result<CgroupRef> {
         // SAFETY: Returns a counted reference or an error.
         match unsafe { Self::from_raw(bindings::cgroup_get_from_fd(fd)) } {
             // css_tryget_online_from_dir() says ENOENT of a cgroup that is going.
@@ -80,23 +95,36 @@ impl Cgroup {
     }
 
     /// The cgroup with this id, if it is alive and the current task's cgroup namespace shows it.
-    pub(crate) fn from_id(id: u64) -> Result<ARef<Self>> {
+    pub(crate) fn from_id(id: u64) -> Result<CgroupRef> {
         // SAFETY: Returns a counted reference or an error.
         unsafe { Self::from_raw(bindings::cgroup_get_from_id(id)) }
     }
 
     /// The cgroup at a path below the root of the current task's cgroup namespace.
-    pub(crate) fn from_path(path: &CStr) -> Result<ARef<Self>> {
+    pub(crate) fn from_path(path: &CStr) -> Result<CgroupRef> {
         // SAFETY: `path` ends in NUL. Returns a counted reference or an error.
         unsafe { Self::from_raw(bindings::cgroup_get_from_path(path.as_char_ptr())) }
     }
 
-    /// The domain cgroup of a task: its own, or the nearest ancestor that is not threaded.
-    pub(crate) fn domain_of<'rcu>(task: &Task, _rcu: &'rcu rcu::Guard) -> &'rcu Self {
+    /// The cgroup of a task.
+    pub(crate) fn of_task<'rcu>(task: &Task, _rcu: &'rcu rcu::Guard) -> &'rcu Self {
         // SAFETY: `task` is valid, and we are under RCU. Its css_set, and so that set's cgroup,
-        // are freed after a grace period only, that is, not before the guard is dropped; a cgroup
-        // pins its ancestors. INVARIANT: Pinned by RCU.
-        unsafe { &*shim::exitpolicy_task_domain_cgroup(task.as_ptr().cast()).cast() }
+        // are freed after a grace period only, that is, not before the guard is dropped.
+        // INVARIANT: Pinned by RCU.
+        unsafe { &*shim::exitpolicy_task_cgroup(task.as_ptr().cast()).cast() }
+    }
+
+    /// The domain that it belongs to: itself, or, if it is threaded, the nearest ancestor that is
+    /// not. All threads of a process are in cgroups of one domain.
+    pub(crate) fn domain(&self) -> &Self {
+        // SAFETY: Pinned, by the type invariant. INVARIANT: An ancestor or itself, which `self`
+        // pins.
+        unsafe { &*shim::exitpolicy_cgroup_domain(self.raw()).cast() }
+    }
+
+    /// Whether it is threaded, and its processes therefore count as those of its domain.
+    pub(crate) fn is_threaded(&self) -> bool {
+        !core::ptr::eq(self, self.domain())
     }
 
     fn raw(&self) -> *mut shim::cgroup {
@@ -132,15 +160,20 @@ impl Cgroup {
     /// May sleep. Fails with [`ENAMETOOLONG`] if the buffer is too small.
     pub(crate) fn path<'buf>(&self, buffer: &'buf mut [u8]) -> Result<&'buf CStr> {
         // SAFETY: Pinned, by the type invariant; `buffer` is valid for writes of its length.
-        let length = unsafe {
-            shim::exitpolicy_cgroup_path(self.raw(), buffer.as_mut_ptr(), buffer.len())
-        };
+        let length =
+            unsafe { shim::exitpolicy_cgroup_path(self.raw(), buffer.as_mut_ptr(), buffer.len()) };
         match length {
             error if error == E2BIG.to_errno() => Err(ENAMETOOLONG),
             error if error < 0 => Err(Error::from_errno(error)),
             _ => CStr::from_bytes_until_nul(buffer).map_err(|_| ENAMETOOLONG),
         }
     }
+}
+
+/// Whether the current task sees all cgroups: it is in the initial cgroup namespace.
+pub(crate) fn all_visible() -> bool {
+    // SAFETY: An FFI call that asks about `current`, which has a namespace proxy until it exits.
+    unsafe { shim::exitpolicy_in_init_cgroup_ns() }
 }
 
 /// To be told of removed cgroups.

@@ -17,16 +17,16 @@ use kernel::{
     prelude::*, //
 };
 
-/// A reference to an open file that is ours to put.
+/// A reference to an open file that is ours to put. Putting the last one closes the file at once,
+/// and may sleep.
 pub(crate) struct OwnedFile(NonNull<bindings::file>);
 
 impl OwnedFile {
     /// Opens a file with `O_*` flags, as seen and permitted to the current task. May sleep.
     pub(crate) fn open(path: &CStr, flags: u32) -> Result<Self> {
         // SAFETY: The path ends in NUL.
-        let file = from_err_ptr(unsafe {
-            bindings::filp_open(path.as_char_ptr(), flags as c_int, 0)
-        })?;
+        let file =
+            from_err_ptr(unsafe { bindings::filp_open(path.as_char_ptr(), flags as c_int, 0) })?;
         Ok(Self(NonNull::new(file).ok_or(ENOENT)?))
     }
 
@@ -60,24 +60,13 @@ impl OwnedFile {
         }
         Ok(result)
     }
-
-    /// The module that the file's operations belong to, as an identity only.
-    pub(crate) fn owner(&self) -> usize {
-        // SAFETY: The file is open, and so has operations.
-        unsafe { (*(*self.0.as_ptr()).f_op).owner }.addr()
-    }
-
-    /// What the file's operations put there; valid for as long as they say.
-    pub(crate) fn private_data(&self) -> *mut c_void {
-        // SAFETY: The file is open.
-        unsafe { (*self.0.as_ptr()).private_data }
-    }
 }
 
 impl Drop for OwnedFile {
     fn drop(&mut self) {
-        // SAFETY: We own a reference to the file.
-        unsafe { bindings::fput(self.0.as_ptr()) };
+        // SAFETY: We own a reference to the file. If it is the last one, we are in process context
+        // and hold no lock that the file's release could want: nobody opens files below such locks.
+        unsafe { bindings::__fput_sync(self.0.as_ptr()) };
     }
 }
 
@@ -95,6 +84,17 @@ impl OwnedFd {
         // SAFETY: May be called with any descriptor; returns a reference or NULL.
         let file = unsafe { bindings::fget(self.0) };
         Ok(OwnedFile(NonNull::new(file).ok_or(EBADF)?))
+    }
+
+    /// Closes it; dropping closes it too, but on the way back to user space.
+    pub(crate) fn close_now(self) -> Result {
+        let fd = self.0;
+        core::mem::forget(self);
+        // SAFETY: Removes a descriptor of the current task, if it is still open, and returns its
+        // reference to the file.
+        let file = unsafe { bindings::file_close_fd(fd) };
+        drop(OwnedFile(NonNull::new(file).ok_or(EBADF)?));
+        Ok(())
     }
 }
 

@@ -22,10 +22,7 @@ use kernel::{
     },
     page::PAGE_SIZE,
     prelude::*,
-    str::{
-        CString,
-        Formatter, //
-    },
+    str::CString,
     sync::Completion,
     types::Opaque, //
 };
@@ -34,8 +31,8 @@ use kernel::{
 #[repr(C)]
 pub(crate) struct Attribute<T> {
     inner: bindings::attribute,
-    show: Option<fn(&T, &mut Formatter<'_>) -> Result>,
-    store: Option<fn(&T, &str) -> Result>,
+    show: Option<fn(&T, &mut Output<'_>) -> Result>,
+    store: Option<fn(&T, &[u8]) -> Result>,
     _data: PhantomData<fn(&T)>,
 }
 
@@ -58,7 +55,7 @@ impl<T> Attribute<T> {
     /// A file that anybody may read. What `show` writes is followed by a new line.
     pub(crate) const fn public(
         name: &'static CStr,
-        show: fn(&T, &mut Formatter<'_>) -> Result,
+        show: fn(&T, &mut Output<'_>) -> Result,
     ) -> Self {
         let mut this = Self::new(name, 0o444);
         this.show = Some(show);
@@ -68,26 +65,48 @@ impl<T> Attribute<T> {
     /// A file that root may read.
     pub(crate) const fn private(
         name: &'static CStr,
-        show: fn(&T, &mut Formatter<'_>) -> Result,
+        show: fn(&T, &mut Output<'_>) -> Result,
     ) -> Self {
         let mut this = Self::new(name, 0o400);
         this.show = Some(show);
         this
     }
 
-    /// Lets root write the file too. `store` gets the text without the new line at its end.
-    pub(crate) const fn writable(mut self, store: fn(&T, &str) -> Result) -> Self {
+    /// Lets root write the file too. `store` gets what was written, without a new line at its end.
+    pub(crate) const fn writable(mut self, store: fn(&T, &[u8]) -> Result) -> Self {
         self.inner.mode |= 0o200;
         self.store = Some(store);
         self
     }
 
     /// A file that root may write and nobody can read.
-    pub(crate) const fn write_only(
-        name: &'static CStr,
-        store: fn(&T, &str) -> Result,
-    ) -> Self {
+    pub(crate) const fn write_only(name: &'static CStr, store: fn(&T, &[u8]) -> Result) -> Self {
         Self::new(name, 0).writable(store)
+    }
+}
+
+/// What a file shows, at most a page.
+pub(crate) struct Output<'a> {
+    buffer: &'a mut [u8],
+    length: usize,
+}
+
+impl Output<'_> {
+    /// Appends bytes as they are. Fails with [`ENOSPC`].
+    pub(crate) fn write_bytes(&mut self, bytes: &[u8]) -> Result {
+        let end = self.length.checked_add(bytes.len()).ok_or(ENOSPC)?;
+        self.buffer
+            .get_mut(self.length..end)
+            .ok_or(ENOSPC)?
+            .copy_from_slice(bytes);
+        self.length = end;
+        Ok(())
+    }
+}
+
+impl Write for Output<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.write_bytes(text.as_bytes()).map_err(|_| fmt::Error)
     }
 }
 
@@ -188,11 +207,7 @@ impl<T: Attributes> Directory<T> {
         for attribute in T::ATTRIBUTES {
             // SAFETY: The kobject has been added. The attribute is a constant.
             to_result(unsafe {
-                bindings::sysfs_create_file_ns(
-                    this.kobject.get(),
-                    &attribute.inner,
-                    ptr::null(),
-                )
+                bindings::sysfs_create_file_ns(this.kobject.get(), &attribute.inner, ptr::null())
             })?;
         }
         Ok(this)
@@ -226,10 +241,10 @@ impl<T: Attributes> Directory<T> {
             )
         };
         from_result(|| {
-            let mut out = Formatter::new(buffer);
+            let mut out = Output { buffer, length: 0 };
             attribute.show.ok_or(EIO)?(&this.data, &mut out)?;
-            out.write_char('\n')?;
-            Ok(out.bytes_written() as isize)
+            out.write_bytes(b"\n")?;
+            Ok(out.length as isize)
         })
     }
 
@@ -256,8 +271,7 @@ impl<T: Attributes> Directory<T> {
             if length >= PAGE_SIZE {
                 return Err(EINVAL);
             }
-            let text = core::str::from_utf8(text).map_err(|_| EINVAL)?;
-            let text = text.strip_suffix('\n').unwrap_or(text);
+            let text = text.strip_suffix(b"\n").unwrap_or(text);
             attribute.store.ok_or(EIO)?(&this.data, text)?;
             Ok(length as isize)
         })
@@ -268,7 +282,9 @@ impl<T: Attributes> Directory<T> {
     /// To be called by `kobject_put` only, with the kobject of a `Self`.
     unsafe extern "C" fn release(kobject: *mut bindings::kobject) {
         // SAFETY: By the safety requirements. Whoever drops the `Self` waits for this completion.
-        unsafe { Self::from_kobject(kobject) }.released.complete_all();
+        unsafe { Self::from_kobject(kobject) }
+            .released
+            .complete_all();
     }
 }
 

@@ -55,9 +55,8 @@ impl<P: ForeignOwnable + Send + Sync> TracepointProbe<P> {
             // SAFETY: By the safety requirements.
             let search = unsafe { &mut *search.cast::<Search<'_>>() };
             // SAFETY: A tracepoint has a name, a constant string.
-            let name = unsafe {
-                CStr::from_char_ptr(shim::exitpolicy_tracepoint_name(tracepoint.cast()))
-            };
+            let name =
+                unsafe { CStr::from_char_ptr(shim::exitpolicy_tracepoint_name(tracepoint.cast())) };
             if name == search.name {
                 search.found = tracepoint;
             }
@@ -78,9 +77,8 @@ impl<P: ForeignOwnable + Send + Sync> TracepointProbe<P> {
         let data = data.into_foreign();
         // SAFETY: Tracepoints of the kernel proper are there for ever. `probe` fits, as the caller
         // promises.
-        let registered = to_result(unsafe {
-            bindings::tracepoint_probe_register(search.found, probe, data)
-        });
+        let registered =
+            to_result(unsafe { bindings::tracepoint_probe_register(search.found, probe, data) });
         if let Err(error) = registered {
             // SAFETY: `data` came from `into_foreign` above, and was not given away.
             drop(unsafe { P::from_foreign(data) });

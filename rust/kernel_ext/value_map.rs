@@ -61,12 +61,7 @@ impl ValueMap {
     pub(crate) fn insert(&self, key: usize, value: usize) -> Result<Option<usize>> {
         // SAFETY: `xa` is initialised, and we may sleep.
         let old = unsafe {
-            bindings::xa_store(
-                self.xa.get(),
-                key,
-                to_entry(value),
-                bindings::GFP_KERNEL,
-            )
+            bindings::xa_store(self.xa.get(), key, to_entry(value), bindings::GFP_KERNEL)
         };
         // SAFETY: `old` was returned by `xa_store`.
         to_result(unsafe { bindings::xa_err(old) })?;
@@ -106,12 +101,7 @@ impl ValueMap {
         let mut index = key;
         // SAFETY: `xa` is initialised, `index` is valid for reads and writes.
         let entry = unsafe {
-            bindings::xa_find_after(
-                self.xa.get(),
-                &mut index,
-                usize::MAX,
-                bindings::XA_PRESENT,
-            )
+            bindings::xa_find_after(self.xa.get(), &mut index, usize::MAX, bindings::XA_PRESENT)
         };
         Some((index, from_entry(entry)?))
     }

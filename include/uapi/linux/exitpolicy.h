@@ -20,10 +20,13 @@
  *
  *   EINVAL  @size is too small, a flag or an exit is unknown, a reserved
  *           member is not zero
- *   E2BIG   @size is larger than the module knows and the rest is not zero
+ *   E2BIG   @size is larger than the module knows and the rest is not zero, or
+ *           larger than a page
  *   EBADF   @cgroup_fd is not open, is no directory of a cgroup file system,
  *           or belongs to a cgroup v1 hierarchy
  *   ENODEV  the cgroup is being removed
+ *   EOPNOTSUPP  the cgroup is threaded: its processes count as those of its
+ *           domain, the nearest ancestor that is not
  *   ENOENT  there is no such policy, no such VM, or no further one
  *   EPERM   the caller lacks CAP_SYS_ADMIN in the initial user namespace
  *   EFAULT  the argument cannot be read or written
@@ -128,7 +131,7 @@ struct exitpolicy_policy {
  *	used twice while the module stays loaded
  * @cgroup_id: out: the domain cgroup of the VMM when its VM was decided on
  * @pid: out: the VMM's thread group id in the initial pid namespace
- * @vcpus: out: number of vCPUs
+ * @vcpus: out: number of vCPUs, one that is being created included
  * @floor: out: what KVM itself had disabled
  * @requested: out: what the VMM asked for with KVM_CAP_X86_DISABLE_EXITS
  * @effective: out: what the VM got
