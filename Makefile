@@ -84,7 +84,7 @@ demo: lab-build
 test: lab-build
 	tools/testing/run
 
-check: lab
+check: lab-build
 	tools/lab/enter tools/check "$$(tools/lab/setup --print kdir)"
 
 # --- installing ---------------------------------------------------------------

@@ -158,7 +158,7 @@ impl Engine {
         let task = kernel::current!();
         let (cgroup, resolved) = {
             let rcu = rcu::read_lock();
-            let cgroup = Cgroup::of_task(&task, &rcu).domain();
+            let cgroup = Cgroup::of_task(task, &rcu).domain();
             let resolved = if self.enabled() {
                 self.store.resolve(cgroup)
             } else {

@@ -119,7 +119,7 @@ impl<'a> Vm<'a> {
 /// differs, and fails with [`ENOEXEC`].
 pub(crate) fn check_layouts() -> Result {
     // SAFETY: A constant.
-    let c = unsafe { &*(&raw const bindings::exitpolicy_layout) };
+    let c = unsafe { &bindings::exitpolicy_layout };
     for (what, rust, c) in [
         ("sizeof(struct kvm)", size_of::<bindings::kvm>(), c.kvm_size),
         ("kvm.mm", offset_of!(bindings::kvm, mm), c.kvm_mm),

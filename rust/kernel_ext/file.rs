@@ -25,8 +25,8 @@ impl OwnedFile {
     /// Opens a file with `O_*` flags, as seen and permitted to the current task. May sleep.
     pub(crate) fn open(path: &CStr, flags: u32) -> Result<Self> {
         // SAFETY: The path ends in NUL.
-        let file =
-            from_err_ptr(unsafe { bindings::filp_open(path.as_char_ptr(), flags as c_int, 0) })?;
+        let file = unsafe { bindings::filp_open(path.as_char_ptr(), flags as c_int, 0) };
+        let file = from_err_ptr(file)?;
         Ok(Self(NonNull::new(file).ok_or(ENOENT)?))
     }
 

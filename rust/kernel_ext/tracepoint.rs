@@ -77,9 +77,8 @@ impl<P: ForeignOwnable + Send + Sync> TracepointProbe<P> {
         let data = data.into_foreign();
         // SAFETY: Tracepoints of the kernel proper are there for ever. `probe` fits, as the caller
         // promises.
-        let registered =
-            to_result(unsafe { bindings::tracepoint_probe_register(search.found, probe, data) });
-        if let Err(error) = registered {
+        let result = unsafe { bindings::tracepoint_probe_register(search.found, probe, data) };
+        if let Err(error) = to_result(result) {
             // SAFETY: `data` came from `into_foreign` above, and was not given away.
             drop(unsafe { P::from_foreign(data) });
             return Err(error);
