@@ -76,6 +76,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("bad_input::ioctl_numbers", ioctl_numbers),
         Test::new("bad_input::ioctl_pointers", ioctl_pointers),
         Test::new("bad_input::cgroup_fds", cgroup_fds),
+        Test::new("bad_input::threaded_cgroup", threaded_cgroup),
         Test::new("bad_input::not_there", not_there),
         Test::new("bad_input::sysfs_sets", sysfs_sets),
         Test::new("bad_input::sysfs_paths", sysfs_paths),
@@ -191,7 +192,7 @@ fn ioctl_members() -> Result<()> {
         (
             "highest flag",
             Policy {
-                flags: good.flags | 1 << 31,
+                flags: good.flags | (1 << 31),
                 ..good
             },
         ),
@@ -396,6 +397,23 @@ fn cgroup_fds() -> Result<()> {
     state.device.policy(uapi::GET_POLICY, argument)?;
     drop(directory);
     state.before.ensure_unchanged()?;
+    state.end()
+}
+
+/// A threaded cgroup has no processes of its own, so a policy for it would be for nobody.
+fn threaded_cgroup() -> Result<()> {
+    let parent = Cgroup::new("parent")?;
+    let child = parent.child("threaded")?;
+    child.make_threaded()?;
+    let state = State::new()?;
+    let directory = child.open()?;
+    let result = state
+        .device
+        .policy(uapi::SET_POLICY, state.good(&directory));
+    state.refused("SET_POLICY, threaded", result, libc::EOPNOTSUPP)?;
+    let attach = Path::new(SYSFS).join("attach");
+    let result = write(&attach, child.path().as_bytes());
+    state.refused("attach, threaded", result, libc::EOPNOTSUPP)?;
     state.end()
 }
 

@@ -155,17 +155,16 @@ fn vcpu_threads_in_threaded_cgroups(vendor: Vendor) -> Result<()> {
         let mut threaded = Vec::new();
         for (index, thread) in threads.iter().enumerate() {
             let cgroup = machine.child(&format!("vcpu{index}"))?;
+            // Policies sit on domain cgroups: from here on, this one says nothing to anyone.
+            ioctl::set_policy(&cgroup, Exits::NONE, Exits::NONE)?;
             cgroup.make_threaded()?;
             cgroup.add_thread(thread.tid)?;
-            // Policies sit on domain cgroups: this one says nothing to anyone.
-            ioctl::set_policy(&cgroup, Exits::NONE, Exits::NONE)?;
             threaded.push(cgroup);
         }
         if leader_too {
             let emulator = machine.child("emulator")?;
             emulator.make_threaded()?;
             emulator.add_thread(vmm.pid())?;
-            ioctl::set_policy(&emulator, Exits::NONE, Exits::NONE)?;
             threaded.push(emulator);
         }
         let vm = vmm.create_vm()?;

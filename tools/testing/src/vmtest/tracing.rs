@@ -71,7 +71,15 @@ fn hooks(vendor: Vendor) -> Result<()> {
 fn decision() -> Result<()> {
     let event = Path::new(TRACEFS).join("events/exitpolicy/exitpolicy_decision");
     let format = fs::read_to_string(event.join("format")).context("there is no such event")?;
-    for field in ["vm", "cgroup", "pid", "floor", "requested", "effective"] {
+    for field in [
+        "vm",
+        "cgroup",
+        "pid",
+        "floor",
+        "requested",
+        "effective",
+        "clamped",
+    ] {
         ensure!(
             format.lines().any(|line| line
                 .split(';')
@@ -102,6 +110,8 @@ fn decision() -> Result<()> {
     fs::write(&trace, "")?;
 
     let view = result?;
+    ensure!(view.effective.contains(Exits::HLT), "{view:?}");
+    ensure!(view.requested == view.clamped, "{view:?}");
     let lines: Vec<&str> = text
         .lines()
         .filter(|line| line.contains("exitpolicy_decision:"))
@@ -114,6 +124,7 @@ fn decision() -> Result<()> {
         format!("floor={}", view.floor),
         format!("requested={}", view.requested),
         format!("effective={}", view.effective),
+        format!("clamped={}", view.clamped),
     ];
     for expected in expected {
         // The event has the same names, with '|' or ',' between them.
