@@ -90,7 +90,12 @@ impl KernelLog {
 pub fn bad_lines(lines: &[String]) -> Vec<&str> {
     let bad = |line: &&str| {
         let lower = line.to_lowercase();
-        BAD.iter().any(|pattern| lower.contains(pattern)) && !HARMLESS.contains(line)
+        // Where a word begins, as "debug:" is no "bug:".
+        let has = |pattern: &&str| {
+            let mut found = lower.match_indices(*pattern);
+            found.any(|(at, _)| !lower[..at].ends_with(char::is_alphanumeric))
+        };
+        BAD.iter().any(has) && !HARMLESS.contains(line)
     };
     lines.iter().map(String::as_str).filter(bad).collect()
 }

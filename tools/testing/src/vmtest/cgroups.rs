@@ -110,7 +110,7 @@ fn namespaces() -> Result<()> {
         unshare(CloneFlags::CLONE_NEWCGROUP)?;
         fs::write(Path::new(interface::SYSFS).join("attach"), "/child")?;
         let mut wrong = Vec::new();
-        for (cgroup, expected) in [(&child, "/child"), (&outside, "removed")] {
+        for (cgroup, expected) in [(&child, "/child"), (&outside, "hidden")] {
             let path = path_of(cgroup)?;
             if path != expected {
                 wrong.push(format!("{path}, should be {expected}"));
