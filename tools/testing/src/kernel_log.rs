@@ -63,6 +63,13 @@ impl KernelLog {
         Ok(Self(file))
     }
 
+    /// All that is still there.
+    pub fn from_boot() -> Result<Self> {
+        let mut log = Self::from_now()?;
+        log.0.seek(SeekFrom::Start(0))?;
+        Ok(log)
+    }
+
     /// What was said since, one line a message.
     pub fn lines(&mut self) -> Result<Vec<String>> {
         let mut lines = Vec::new();

@@ -14,6 +14,7 @@ use anyhow::{
 };
 use nix::kmod::{
     delete_module,
+    init_module,
     DeleteModuleFlags, //
 };
 
@@ -38,6 +39,19 @@ pub fn load(name: &str) -> Result<()> {
 pub fn unload(name: &str) -> nix::Result<()> {
     let name = std::ffi::CString::new(name).expect("module names have no NUL");
     delete_module(&name, DeleteModuleFlags::O_NONBLOCK)
+}
+
+/// Our module's file, as `modprobe` finds it.
+pub fn image() -> Result<Vec<u8>> {
+    let release = nix::sys::utsname::uname()?;
+    let release = release.release().to_string_lossy();
+    let path = format!("/lib/modules/{release}/updates/{EXITPOLICY}.ko");
+    fs::read(&path).with_context(|| path)
+}
+
+/// Loads a module from memory.
+pub fn load_image(image: &[u8]) -> nix::Result<()> {
+    init_module(image, c"")
 }
 
 /// Whether a module is loaded.

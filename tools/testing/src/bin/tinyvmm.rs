@@ -12,10 +12,10 @@ use std::{
 };
 
 use anyhow::{
-    bail,
     Context,
     Result, //
 };
+use clap::Parser;
 use exitpolicy_policy::Exits;
 use serde_json::json;
 use testing::{
@@ -27,35 +27,23 @@ use testing::{
     }, //
 };
 
-const USAGE: &str = "\
-usage: tinyvmm [--halts N] [--disable-exits EXITS] [--json]
-
-Runs a guest on /dev/kvm that executes HLT N times (1000), each ended by its
-timer, and tells how many exits that cost.
-
-  --disable-exits EXITS  ask KVM to disable these exits: hlt,pause,... or all
-  --json                 print JSON
-";
-
+/// Runs a guest on /dev/kvm that executes HLT, each ended by its timer, and tells how many exits
+/// that cost.
+#[derive(Parser)]
 struct Options {
+    /// How many times
+    #[arg(long, value_name = "N", default_value_t = 1000)]
     halts: u32,
-    exits: Exits,
+    /// Ask KVM to disable these exits: hlt,pause,... or all
+    #[arg(long, value_name = "EXITS", default_value = "none")]
+    disable_exits: Exits,
+    /// Print JSON
+    #[arg(short, long)]
     json: bool,
 }
 
 fn main() -> ExitCode {
-    let options = match parse(std::env::args().skip(1)) {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            print!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => {
-            eprintln!("tinyvmm: {error:#}\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    match run(&options) {
+    match run(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("tinyvmm: {error:#}");
@@ -64,31 +52,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>> {
-    let mut options = Options {
-        halts: 1000,
-        exits: Exits::NONE,
-        json: false,
-    };
-    while let Some(argument) = arguments.next() {
-        let mut value = || {
-            let value = arguments.next();
-            value.with_context(|| format!("{argument} needs a value"))
-        };
-        match argument.as_str() {
-            "--halts" => options.halts = value()?.parse().context("--halts needs a number")?,
-            "--disable-exits" => options.exits = value()?.parse()?,
-            "--json" | "-j" => options.json = true,
-            "--help" | "-h" => return Ok(None),
-            other => bail!("unknown argument {other}"),
-        }
-    }
-    Ok(Some(options))
-}
-
 fn run(options: &Options) -> Result<()> {
     let vm = Arc::new(Vm::new()?);
-    vm.disable_exits(options.exits.bits())
+    vm.disable_exits(options.disable_exits.bits())
         .context("KVM_ENABLE_CAP(KVM_CAP_X86_DISABLE_EXITS)")?;
     let mut vcpu = vm.create_vcpu(0).context("KVM_CREATE_VCPU")?;
     let work = Work::new(Payload::Hlt, options.halts);

@@ -3,11 +3,13 @@
 //! The module and KVM's vendor module come and go, VMs or not.
 
 use std::{
+    fs,
     io::{
         BufRead,
         BufReader,
         Write, //
     },
+    path::Path,
     process::{
         Child,
         Command,
@@ -16,13 +18,24 @@ use std::{
 };
 
 use anyhow::{
+    anyhow,
     bail,
     ensure,
     Context,
     Result, //
 };
 use exitpolicy_policy::Exits;
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    mount::{
+        mount,
+        MsFlags, //
+    },
+    sched::{
+        unshare,
+        CloneFlags, //
+    },
+};
 use testing::{
     cgroup::Cgroup,
     client::Vmm,
@@ -32,6 +45,7 @@ use testing::{
         ioctl,
         sysfs, //
     },
+    kernel_log::KernelLog,
     modules::{
         self,
         EXITPOLICY, //
@@ -66,6 +80,8 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
             vm_older_than_the_module(vendor)
         }),
         Test::new("lifecycle::device_in_use", device_in_use),
+        Test::new("lifecycle::made_for_another_build", made_for_another_build),
+        Test::new("lifecycle::no_sysfs_to_read_build_ids_from", no_sysfs),
         Test::new("lifecycle::nothing_is_left_after_unload", move || {
             nothing_is_left_after_unload(vendor)
         }),
@@ -154,13 +170,75 @@ fn device_in_use() -> Result<()> {
     modules::load(EXITPOLICY)
 }
 
+/// A module that was built for another KVM says so and does nothing.
+fn made_for_another_build() -> Result<()> {
+    let vendor = Vendor::of_host()?;
+    modules::unload(EXITPOLICY)?;
+    for name in ["kvm", vendor.module()] {
+        let name = name.replace('-', "_");
+        let note = fs::read(format!("/sys/module/{name}/notes/.note.gnu.build-id"))?;
+        // The note ends with the id, a SHA-1.
+        let id = note.len().checked_sub(20).map(|at| &note[at..]);
+        let id = id.context("a short note")?;
+        let mut image = modules::image()?;
+        let at: Vec<usize> = image
+            .windows(id.len())
+            .enumerate()
+            .filter_map(|(at, window)| (window == id).then_some(at))
+            .collect();
+        ensure!(!at.is_empty(), "the module has no build id of {name}");
+        for at in at {
+            image[at] ^= 0xff;
+        }
+        let mut log = KernelLog::from_now()?;
+        let result = modules::load_image(&image);
+        ensure!(result == Err(Errno::ENOEXEC), "{name}: {result:?}");
+        let wanted = format!("{name} has build id ");
+        let lines = log.lines()?;
+        ensure!(
+            lines.iter().any(|line| line.contains(&wanted)),
+            "the log does not say why: {lines:?}"
+        );
+        nothing_hooked()?;
+    }
+    modules::load(EXITPOLICY)
+}
+
+/// Where nobody can tell which KVM runs, the module does not load.
+fn no_sysfs() -> Result<()> {
+    modules::unload(EXITPOLICY)?;
+    let image = modules::image()?;
+    // In a mount namespace of its own, which is gone with the thread.
+    let result = std::thread::spawn(move || -> Result<nix::Result<()>> {
+        unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)?;
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+        mount(Some("none"), "/sys", Some("tmpfs"), MsFlags::empty(), none)?;
+        Ok(modules::load_image(&image))
+    })
+    .join()
+    .map_err(|_| anyhow!("the thread panicked"))??;
+    ensure!(result == Err(Errno::ENOENT), "{result:?}");
+    nothing_hooked()?;
+    modules::load(EXITPOLICY)
+}
+
+/// There is nothing of the module.
+fn nothing_hooked() -> Result<()> {
+    let hooked = crate::tracing::hooked_functions()?;
+    ensure!(hooked.is_empty(), "hooks are left: {hooked:?}");
+    ensure!(!modules::is_loaded(EXITPOLICY)?, "the module is loaded");
+    ensure!(!Path::new(interface::SYSFS).exists(), "sysfs is left");
+    Ok(())
+}
+
 /// After rmmod the host is as it was: no hook, no device, no directory, no effect.
 fn nothing_is_left_after_unload(vendor: Vendor) -> Result<()> {
     let cgroup = Cgroup::new("own")?;
     ioctl::set_policy(&cgroup, Exits::HLT, Exits::NONE)?;
     modules::unload(EXITPOLICY)?;
     for path in [interface::SYSFS, testing::uapi::DEVICE] {
-        ensure!(!std::path::Path::new(path).exists(), "{path} is left");
+        ensure!(!Path::new(path).exists(), "{path} is left");
     }
     let hooked = crate::tracing::hooked_functions()?;
     ensure!(hooked.is_empty(), "hooks are left: {hooked:?}");

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{
     anyhow,
+    ensure,
     Context,
     Result, //
 };
@@ -125,7 +126,15 @@ fn tests() -> Result<Vec<Test>> {
     let vendor = Vendor::of_host()?;
     // What is supported is KVM's to say, and it says so on /dev/kvm.
     modules::load(vendor.module())?;
+    let boot = Test::new("boot::kernel_log", || {
+        // The host was booted, and the modules loaded, before any test looked at the log.
+        let lines = KernelLog::from_boot()?.lines()?;
+        let bad = bad_lines(&lines);
+        ensure!(bad.is_empty(), "the kernel complained: {bad:#?}");
+        Ok(())
+    });
     let tests = [
+        vec![boot.stock()],
         stock::tests(vendor)?,
         matrix::tests(vendor)?,
         placement::tests(vendor)?,
