@@ -5,7 +5,7 @@
 
 use crate::{
     engine::Engine,
-    interface::sysfs::{
+    interface::sysfs::entries::{
         PolicyFiles,
         VmFiles, //
     },
@@ -152,6 +152,7 @@ impl Admin {
         disable: Option<Exits>,
         allow: Option<Exits>,
     ) -> Result<Policy> {
+        refuse_threaded(cgroup)?;
         let store = &self.engine.store;
         let mut directories = self.directories.lock();
         match store.change(cgroup.id(), disable, allow) {
@@ -167,6 +168,7 @@ impl Admin {
     /// Gives a cgroup a policy that changes nothing yet. Fails with [`EEXIST`] if it has one,
     /// and otherwise as [`Admin::set_policy`].
     pub(crate) fn attach(&self, cgroup: &Cgroup) -> Result {
+        refuse_threaded(cgroup)?;
         let mut directories = self.directories.lock();
         if self.engine.store.get(cgroup.id()).is_some() {
             return Err(EEXIST);
@@ -180,9 +182,6 @@ impl Admin {
         cgroup: &Cgroup,
         policy: Policy,
     ) -> Result {
-        if cgroup.is_threaded() {
-            return Err(EOPNOTSUPP);
-        }
         let id = cgroup.id();
         let directories = directories.as_mut().ok_or(ENODEV)?;
         let directory = Directory::new(
@@ -264,6 +263,15 @@ impl Admin {
         directories
             .vms
             .try_create_and_insert(vm, directory, GFP_KERNEL)?;
+        Ok(())
+    }
+}
+
+/// A policy on a threaded cgroup would apply to nobody.
+fn refuse_threaded(cgroup: &Cgroup) -> Result {
+    if cgroup.is_threaded() {
+        Err(EOPNOTSUPP)
+    } else {
         Ok(())
     }
 }

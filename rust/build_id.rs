@@ -29,55 +29,67 @@ pub(crate) enum Image {
 
 const KERNEL_NOTES: &CStr = c"/sys/kernel/notes";
 
-/// Whether build ids can be read at all, as the current task sees `/sys`. Says so if not.
-pub(crate) fn check_readable() -> Result {
-    OwnedFile::open(KERNEL_NOTES, bindings::O_RDONLY)
-        .map(|_| ())
-        .inspect_err(|error| {
-            pr_err!(
-                "cannot read {}: {:?}; is /sys mounted?\n",
-                KERNEL_NOTES,
-                *error
-            );
-        })
+fn built_for(image: &CStr) -> Option<&'static [u8]> {
+    let found = BUILD_IDS.iter().find(|(name, _)| *name == image);
+    found.map(|(_, id)| *id)
 }
 
-/// Compares the build id of KVM's image `module` with the one that was built for; what was not a
-/// module then is part of the kernel. Process context, may sleep.
+/// Where one of KVM's images is: nowhere if it is a module that is not loaded, or whose init
+/// function has yet to return. Process context, may sleep.
 ///
-/// Fails with [`ENOENT`] if it is not loaded, and with another error, after saying why, if it is
-/// another build or that cannot be found out.
-pub(crate) fn check(module: &CStr) -> Result<Image> {
-    let built_for = |image| BUILD_IDS.iter().find(|(name, _)| *name == image);
-    let (expected, image, path) = if let Some((_, id)) = built_for(module) {
-        let path = CString::try_from_fmt(fmt!("/sys/module/{}/notes/.note.gnu.build-id", module))?;
-        (*id, Image::Module, path)
-    } else if let Some((_, id)) = built_for(c"vmlinux") {
-        let path = CString::try_from_fmt(fmt!("{}", KERNEL_NOTES))?;
-        (*id, Image::Kernel, path)
-    } else {
-        return Err(ENOENT);
+/// Fails, after saying why, if `/sys`, as the current task sees it, does not tell.
+pub(crate) fn find(module: &CStr) -> Result<Option<Image>> {
+    // There on every kernel that has build ids, so that without it nothing can be told.
+    if let Err(error) = OwnedFile::open(KERNEL_NOTES, bindings::O_RDONLY) {
+        pr_err!(
+            "cannot open {}: {:?}; is /sys mounted?\n",
+            KERNEL_NOTES,
+            error
+        );
+        return Err(error);
+    }
+    let path = CString::try_from_fmt(fmt!("/sys/module/{}/initstate", module))?;
+    let mut buffer = [0; 16];
+    match OwnedFile::open(&path, bindings::O_RDONLY).and_then(|file| file.read(&mut buffer)) {
+        Ok(b"live\n") => Ok(Some(Image::Module)),
+        Ok(_) => Ok(None),
+        // What is built in has no such file.
+        Err(ENOENT) if built_for(module).is_some() => Ok(None),
+        Err(ENOENT) => Ok(built_for(c"vmlinux").map(|_| Image::Kernel)),
+        Err(error) => {
+            pr_err!("cannot read {}: {:?}\n", &*path, error);
+            Err(error)
+        }
+    }
+}
+
+/// Compares the build id of one of KVM's images with the one that was built for. Fails, after
+/// saying why, if it is another one or cannot be found out. Process context, may sleep.
+pub(crate) fn check(module: &CStr, image: Image) -> Result {
+    let (name, path) = match image {
+        Image::Module => (
+            module,
+            CString::try_from_fmt(fmt!("/sys/module/{}/notes/.note.gnu.build-id", module))?,
+        ),
+        Image::Kernel => (c"vmlinux", CString::try_from_fmt(fmt!("{}", KERNEL_NOTES))?),
     };
     let mut buffer = KVec::from_elem(0, PAGE_SIZE, GFP_KERNEL)?;
     let notes = OwnedFile::open(&path, bindings::O_RDONLY)
         .and_then(|file| file.read(&mut buffer))
-        .inspect_err(|error| {
-            if *error != ENOENT {
-                pr_err!("cannot read {}: {:?}\n", &*path, *error);
-            }
-        })?;
+        .inspect_err(|error| pr_err!("cannot read {}: {:?}\n", &*path, *error))?;
     let found = gnu_build_id(notes).unwrap_or(&[]);
-    if found != expected {
+    let expected = built_for(name).unwrap_or(&[]);
+    if found != expected || found.is_empty() {
         pr_err!(
             "{} has build id {}, but this module was built for {}: \
              build it again for the running kernel\n",
-            module,
+            name,
             Hex(found),
             Hex(expected)
         );
         return Err(ENOEXEC);
     }
-    Ok(image)
+    Ok(())
 }
 
 /// Finds the GNU build id among ELF notes.

@@ -125,6 +125,9 @@ impl Engine {
     /// (virt/kvm/kvm_main.c: kvm_vm_ioctl_create_vcpu()), and has not looked at the flags for this
     /// vCPU yet.
     pub(crate) unsafe fn vcpu_created(&self, vm: kvm::Vm<'_>) -> bool {
+        if self.probe.vcpu_created(vm) {
+            return false;
+        }
         let online = vm.online_vcpus();
         let known = self.vms.by_key(vm.key());
         // Only the first vCPU decides. A VM that has one is decided on, or older than we are.
@@ -135,9 +138,6 @@ impl Engine {
                     ..known
                 });
             }
-            return false;
-        }
-        if self.probe.vcpu_created(vm) {
             return false;
         }
         let Some(facts) = self.facts() else {

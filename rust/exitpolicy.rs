@@ -37,7 +37,7 @@ use host::{
 };
 use interface::{
     chardev::Chardev,
-    sysfs::Sysfs, //
+    sysfs::root::Sysfs, //
 };
 use kernel::{
     prelude::*,
@@ -96,7 +96,9 @@ impl kernel::Module for ExitPolicy {
         let engine = Arc::pin_init(Engine::new(), GFP_KERNEL)?;
         let admin = Admin::new(engine)?;
         let settled = Settled(admin.clone());
-        let watch = RemovalWatch::new(admin.clone())?;
+        let watch = RemovalWatch::new(admin.clone()).inspect_err(|error| {
+            pr_err!("cannot watch the tracepoint cgroup_rmdir: {:?}\n", *error);
+        })?;
         let host = Arc::pin_init(Host::new(admin.clone()), GFP_KERNEL)?;
         let events = HostEvents(host.clone());
         let notifier = KBox::try_pin_init(ModuleNotifier::register(events), GFP_KERNEL)?;

@@ -49,22 +49,22 @@ impl Host {
         })
     }
 
-    /// Hooks the vendor module that is loaded, if there is one.
+    /// Hooks the vendor module that is loaded, if there is one; one that is yet to be ready comes
+    /// with the notifier.
     ///
     /// `loaded` is a vendor whose module is known to be; then it is an error not to find it. To be
     /// called in a task with an address space. An error is one that the log explains; nothing is
     /// hooked then.
     pub(crate) fn attach(&self, loaded: Option<&dyn Vendor>) -> Result {
-        // Without /sys nobody could tell that there is no KVM.
-        build_id::check_readable()?;
         let mut uncalled = None;
         for vendor in VENDORS {
-            let image = match build_id::check(vendor.module()) {
-                Ok(image) => image,
-                Err(ENOENT) => continue,
-                Err(error) => return Err(error),
+            let Some(image) = build_id::find(vendor.module())? else {
+                continue;
             };
-            build_id::check(c"kvm")?;
+            // Before anything is hooked: a hook reads structures.
+            build_id::check(vendor.module(), image)?;
+            let kvm_image = build_id::find(c"kvm")?.unwrap_or(image);
+            build_id::check(c"kvm", kvm_image)?;
             // Before the lock: opening it may load a module, whose notifier wants the lock. While
             // it is open, the vendor module stays.
             let kvm = match DevKvm::open() {

@@ -58,7 +58,7 @@ impl Probe {
         Exits::from_bits(flags).ok_or(EUCLEAN).map(Some)
     }
 
-    /// Whether this VM, whose first vCPU is being created, is the one; then takes a look at it.
+    /// Whether this VM, a vCPU of which is being created, is the one; then takes a look at it.
     pub(crate) fn vcpu_created(&self, vm: kvm::Vm<'_>) -> bool {
         let current = Task::current_raw();
         if self.task.load(Relaxed) != current.addr() {

@@ -14,7 +14,8 @@
  *    older than the module gets the members it knows; one that is newer works
  *    as long as what the module does not know is zero.
  *  - Unknown flags, unknown exits and reserved members that are not zero are
- *    refused; nothing is changed when a command fails.
+ *    refused; nothing is changed when a command fails.  (The memory of the
+ *    argument must stay writable while the command runs.)
  *  - Commands that change something need CAP_SYS_ADMIN in the initial user
  *    namespace.  Opening the device is governed by its mode, 0600.
  *

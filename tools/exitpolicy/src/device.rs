@@ -334,6 +334,7 @@ fn refused_on(tried: &str, cgroup: &Cgroup, errno: Errno) -> Error {
             cgroup: cgroup.path().to_owned(),
         },
         Errno::NODEV => Error::CgroupRemoved { tried },
+        Errno::OPNOTSUPP => Error::Threaded { tried },
         Errno::BADF => Error::NotACgroup {
             name: cgroup.path().to_owned(),
             found: "the module does not take its directory for one of cgroup v2".into(),

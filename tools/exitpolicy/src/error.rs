@@ -59,6 +59,13 @@ pub enum Error {
         tried: String,
     },
 
+    /// The cgroup is threaded.
+    #[error("cannot {tried}: the cgroup is threaded, its processes count as those of its domain")]
+    Threaded {
+        /// What was tried.
+        tried: String,
+    },
+
     /// The cgroup v2 file system is not mounted.
     #[error("cannot find the cgroup v2 file system: {found}")]
     NoHierarchy {
@@ -120,6 +127,7 @@ impl Error {
             Self::NoPolicy { .. } => "no_policy",
             Self::NoVm { .. } => "no_vm",
             Self::CgroupRemoved { .. } => "cgroup_removed",
+            Self::Threaded { .. } => "threaded",
             Self::NoHierarchy { .. } => "no_cgroup2",
             Self::NoSuchCgroup { .. } => "no_such_cgroup",
             Self::NotACgroup { .. } => "not_a_cgroup",
@@ -149,6 +157,11 @@ impl Error {
             Self::NoVm { .. } => "'exitpolicy vm list' says which there are".into(),
             Self::CgroupRemoved { .. } => {
                 "nothing is to be done: its policy goes away with it".into()
+            }
+            Self::Threaded { .. } => {
+                "name its domain: the nearest cgroup above it whose cgroup.type does not say \
+                 'threaded'"
+                    .into()
             }
             Self::NoHierarchy { .. } => {
                 "the kernel has the v2 hierarchy all the same; mount it with 'mount -t cgroup2 \

@@ -2,6 +2,12 @@
 
 //! Whose cgroup counts, when, and how often: VMMs that move, have threads, fork, fail and die.
 
+use std::{
+    fs,
+    sync::Arc,
+    thread, //
+};
+
 use anyhow::{
     ensure,
     Context,
@@ -30,6 +36,7 @@ use testing::{
 };
 
 use crate::{
+    child::in_child,
     matrix::{
         check_guest,
         floor,
@@ -68,6 +75,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("placement::clamped_wish_survives_a_failure", move || {
             clamped_wish_survives_a_failure(vendor)
         }),
+        Test::new("placement::leader_gone", move || leader_gone(vendor)),
         Test::new("placement::vm_without_vcpu", vm_without_vcpu),
         Test::new("placement::fork", fork),
         Test::new("placement::vmm_killed", vmm_killed),
@@ -116,6 +124,50 @@ fn moved_before_the_first_vcpu(vendor: Vendor) -> Result<()> {
         interface::ensure_no_vms()?;
     }
     Ok(())
+}
+
+/// A thread group whose leader has exited still moves, but the leader, a zombie, stays behind in
+/// the old cgroup. What counts is where those are that live.
+fn leader_gone(vendor: Vendor) -> Result<()> {
+    let floor = floor(vendor)?;
+    let (old, new) = (Cgroup::new("old")?, Cgroup::new("new")?);
+    ioctl::set_policy(&old, Exits::HLT, Exits::ALL)?;
+    ioctl::set_policy(&new, Exits::NONE, Exits::NONE)?;
+    let group = || nix::unistd::getpid().as_raw();
+    let survivor = || -> Result<()> {
+        let stat = format!("/proc/{}/stat", group());
+        ensure!(
+            soon(|| Ok(fs::read_to_string(&stat)?.contains(") Z ")))?,
+            "the leader does not go"
+        );
+        new.add_process(group())?;
+        let vm = Arc::new(testing::vmm::Vm::new()?);
+        let _vcpu = vm.create_vcpu(0)?;
+        let view = interface::only_vm()?;
+        ensure!(
+            view.cgroup == new.path() && view.effective == floor && view.pid == group(),
+            "{view:?}"
+        );
+        Ok(())
+    };
+    in_child(|| {
+        old.add_process(group())?;
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let result = survivor();
+                if let Err(error) = &result {
+                    eprintln!("    {error:?}");
+                }
+                // SAFETY: Ends the process, the scope's other thread being gone already.
+                unsafe { libc::_exit(result.is_err().into()) }
+            });
+            // SAFETY: Ends this thread, the leader, and not the process; all that is on its stack
+            // stays there.
+            unsafe { libc::syscall(libc::SYS_exit, 0) };
+            unreachable!("the leader goes on")
+        })
+    })?;
+    interface::ensure_no_vms()
 }
 
 /// A decision holds: neither a move nor another policy changes it, nor does another vCPU.

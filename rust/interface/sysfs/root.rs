@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `/sys/kernel/exitpolicy`. Each file is described in
-//! `Documentation/ABI/testing/sysfs-kernel-exitpolicy`.
+//! The directory itself.
 
+use super::show;
 use crate::{
     admin::Admin,
     engine::Engine,
     kernel_ext::{
         capability::require_sys_admin,
         cgroup::{
-            all_visible,
             Cgroup,
             CgroupRef, //
         },
@@ -17,19 +16,12 @@ use crate::{
             Attribute,
             Attributes,
             Directory,
-            Output,
             Parent, //
         },
     },
-    policy::{
-        Exits,
-        Policy, //
-    },
-    vm::Record, //
+    policy::Exits, //
 };
 use kernel::{
-    bindings,
-    fmt::Write,
     prelude::*,
     sync::Arc, //
 };
@@ -63,30 +55,6 @@ impl Sysfs {
             _published: Published(admin.clone()),
             _root: root,
         })
-    }
-}
-
-/// Writes what [`Display`](kernel::fmt::Display) makes of a value.
-fn show(out: &mut Output<'_>, value: impl kernel::fmt::Display) -> Result {
-    out.write_fmt(fmt!("{}", value)).map_err(|_| ENOSPC)
-}
-
-fn parse(text: &[u8]) -> Result<Exits> {
-    let text = core::str::from_utf8(text).map_err(|_| EINVAL)?;
-    text.parse().map_err(|_| EINVAL)
-}
-
-/// Writes a cgroup's path as the reader's cgroup namespace has it, or `removed`, or `hidden` if it
-/// is outside of that namespace or removed.
-fn show_path(out: &mut Output<'_>, cgroup: u64) -> Result {
-    match Cgroup::from_id(cgroup) {
-        Ok(cgroup) => {
-            let mut buffer = KVec::from_elem(0, bindings::PATH_MAX as usize, GFP_KERNEL)?;
-            out.write_bytes(cgroup.path(&mut buffer)?.to_bytes())
-        }
-        Err(ENOENT) if all_visible() => out.write_bytes(b"removed"),
-        Err(ENOENT) => out.write_bytes(b"hidden"),
-        Err(error) => Err(error),
     }
 }
 
@@ -158,76 +126,5 @@ impl Attributes for RootFiles {
             require_sys_admin()?;
             root.0.clear_policy(Self::cgroup_at(path)?.id())
         }),
-    ];
-}
-
-/// The files of `cgroups/<id>`.
-pub(crate) struct PolicyFiles {
-    engine: Arc<Engine>,
-    cgroup: u64,
-}
-
-impl PolicyFiles {
-    pub(crate) fn new(engine: Arc<Engine>, cgroup: u64) -> Self {
-        Self { engine, cgroup }
-    }
-
-    fn policy(&self) -> Result<Policy> {
-        self.engine.store.get(self.cgroup).ok_or(ENODEV)
-    }
-
-    fn change(&self, disable: Option<Exits>, allow: Option<Exits>) -> Result {
-        require_sys_admin()?;
-        self.engine
-            .store
-            .change(self.cgroup, disable, allow)
-            .map(|_| ())
-            .ok_or(ENODEV)
-    }
-}
-
-impl Attributes for PolicyFiles {
-    const ATTRIBUTES: &'static [Attribute<Self>] = &[
-        Attribute::private(c"path", |this: &Self, out| show_path(out, this.cgroup)),
-        Attribute::private(c"disable", |this: &Self, out| {
-            show(out, this.policy()?.disable)
-        })
-        .writable(|this: &Self, text| this.change(Some(parse(text)?), None)),
-        Attribute::private(c"allow", |this: &Self, out| show(out, this.policy()?.allow))
-            .writable(|this: &Self, text| this.change(None, Some(parse(text)?))),
-    ];
-}
-
-/// The files of `vms/<id>`.
-pub(crate) struct VmFiles {
-    engine: Arc<Engine>,
-    id: u64,
-}
-
-impl VmFiles {
-    pub(crate) fn new(engine: Arc<Engine>, id: u64) -> Self {
-        Self { engine, id }
-    }
-
-    fn record(&self) -> Result<Record> {
-        self.engine.vms.get(self.id).ok_or(ENODEV)
-    }
-}
-
-impl Attributes for VmFiles {
-    const ATTRIBUTES: &'static [Attribute<Self>] = &[
-        Attribute::private(c"pid", |vm: &Self, out| show(out, vm.record()?.pid)),
-        Attribute::private(c"cgroup", |vm: &Self, out| {
-            show_path(out, vm.record()?.cgroup)
-        }),
-        Attribute::private(c"floor", |vm: &Self, out| show(out, vm.record()?.floor)),
-        Attribute::private(c"requested", |vm: &Self, out| {
-            show(out, vm.record()?.requested)
-        }),
-        Attribute::private(c"effective", |vm: &Self, out| {
-            show(out, vm.record()?.effective)
-        }),
-        Attribute::private(c"clamped", |vm: &Self, out| show(out, vm.record()?.clamped)),
-        Attribute::private(c"vcpus", |vm: &Self, out| show(out, vm.record()?.vcpus)),
     ];
 }
