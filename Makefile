@@ -6,6 +6,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 PREFIX ?= /usr/local
 DESTDIR ?=
 
+# The lab, which builds as root and for its own kernel, has build/lab.
 BUILD := build
 CARGO := cargo
 # Static, so that the command runs in any lab host and rescue system. The target
@@ -76,7 +77,8 @@ lab:
 	tools/lab/setup
 
 lab-build: lab
-	tools/lab/enter make --no-print-directory KDIR="$$(tools/lab/setup --print kdir)" all tests
+	tools/lab/enter make --no-print-directory BUILD=build/lab \
+		KDIR="$$(tools/lab/setup --print kdir)" all tests
 
 demo: lab-build
 	tools/demo/run
@@ -94,6 +96,12 @@ share := $(DESTDIR)$(PREFIX)/share
 install:
 	@test -e $(BUILD)/module/kvm_exitpolicy.ko -a -e $(BUILD)/exitpolicy || \
 		{ echo "error: there is nothing to install yet; run: make" >&2; exit 1; }
+	@test -e $(BUILD)/man/exitpolicy.1 -a -e $(BUILD)/completions/fish || \
+		{ echo "error: there are no manual pages or completions yet; run: make" >&2; exit 1; }
+	@for it in "$$(cat "$(KDIR)/include/config/kernel.release")"; do \
+		modinfo -F vermagic $(BUILD)/module/kvm_exitpolicy.ko | grep -qF "$$it " || \
+		{ echo "error: the module was built for another kernel than $$it; run make with this KDIR" >&2; exit 1; }; \
+	done
 	$(kbuild) -C "$(KDIR)" INSTALL_MOD_PATH="$(DESTDIR)" modules_install
 	@# Debian's headers have no System.map, without which the above leaves this out.
 	test -n "$(DESTDIR)" || depmod "$$(cat "$(KDIR)/include/config/kernel.release")"

@@ -115,7 +115,6 @@ impl Runner {
             info: device.info()?,
             policy,
             resolved: device.resolve_policy(&cgroup)?,
-            threaded: cgroup.is_threaded(),
             exposed_to_smt_rsb: doctor::is_exposed_to_smt_rsb(&self.host),
         });
         Ok(self.answer(&PolicyView::new((&cgroup).into(), policy), notes))

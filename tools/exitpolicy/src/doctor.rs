@@ -418,12 +418,17 @@ fn check_kernel_config(host: &Host, release: &str, vendor: Option<Vendor>) -> Fi
     })
     .copied()
     .collect();
-    if lacking.is_empty() {
+    if config.lines().any(|line| line == "CONFIG_PREEMPT_RT=y") {
+        missing(
+            format!("{} has CONFIG_PREEMPT_RT", source.display()),
+            "boot a kernel without: hooks allocate memory with preemption disabled, which it forbids",
+        )
+    } else if lacking.is_empty() {
         ok(format!("{} has all that is needed", source.display()))
     } else {
         missing(
             format!("{} lacks {}", source.display(), lacking.join(", ")),
-            "boot a kernel that has it; Debian's from 7.3 on do",
+            "boot a kernel that has it; Debian's from backports does",
         )
     }
 }

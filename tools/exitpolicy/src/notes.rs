@@ -20,8 +20,6 @@ pub struct Situation {
     pub info: Info,
     pub policy: Policy,
     pub resolved: Resolved,
-    /// The cgroup is in a threaded subtree.
-    pub threaded: bool,
     /// See [`exitpolicy::doctor::is_exposed_to_smt_rsb`].
     pub exposed_to_smt_rsb: bool,
 }
@@ -45,13 +43,6 @@ pub fn on_policy(situation: &Situation) -> Vec<Note> {
 
     if !info.enabled {
         notes.push(off());
-    }
-    if situation.threaded {
-        notes.push(note(
-            "threaded",
-            "the cgroup is in a threaded subtree: policies are looked for in the domain cgroup \
-             above it, so this one has no effect",
-        ));
     }
     if info.vendor.is_none() {
         notes.push(note(
@@ -204,7 +195,6 @@ mod tests {
             },
             policy,
             resolved: Resolved::from_nearest_to_root([(1, policy)]),
-            threaded: false,
             exposed_to_smt_rsb: false,
         }
     }
@@ -254,8 +244,7 @@ mod tests {
         nowhere.info.vendor = None;
         nowhere.info.supported = Exits::NONE;
         nowhere.info.enabled = false;
-        nowhere.threaded = true;
-        assert_eq!(codes(&nowhere), ["off", "threaded", "no_vendor"]);
+        assert_eq!(codes(&nowhere), ["off", "no_vendor"]);
     }
 
     #[test]

@@ -21,7 +21,7 @@ use std::{
 
 /// How often something that happens soon is looked for, with a [`pause`] between. Counted, as time
 /// in an emulated host says little.
-pub const POLLS: usize = 400;
+pub const POLLS: usize = 20_000;
 
 /// A moment for others to do their work.
 pub fn pause() {

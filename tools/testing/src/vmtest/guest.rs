@@ -152,15 +152,17 @@ fn linux(vendor: Vendor, policy: Option<(Exits, Exits)>) -> Result<()> {
 /// HLT exits of all VMs of a process.
 fn halt_exits(pid: i32) -> Result<u64> {
     let prefix = format!("{pid}-");
-    let mut sum = 0;
+    let (mut sum, mut found) = (0, false);
     for entry in fs::read_dir(STATISTICS)? {
         let path: PathBuf = entry?.path();
         let name = path.file_name().and_then(|name| name.to_str());
         if name.is_some_and(|name| name.starts_with(&prefix)) {
+            found = true;
             sum += fs::read_to_string(path.join("halt_exits"))?
                 .trim()
                 .parse::<u64>()?;
         }
     }
+    ensure!(found, "KVM has no statistics of process {pid}");
     Ok(sum)
 }

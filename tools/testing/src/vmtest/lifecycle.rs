@@ -19,7 +19,6 @@ use std::{
 
 use anyhow::{
     anyhow,
-    bail,
     ensure,
     Context,
     Result, //
@@ -71,7 +70,7 @@ use crate::{
 };
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
-    let rounds = if is_slow_host()? { 12 } else { 100 };
+    let rounds = if is_slow_host()? { 25 } else { 100 };
     Ok(vec![
         Test::new("lifecycle::running_vm_keeps_its_exits", move || {
             running_vm_keeps_its_exits(vendor)
@@ -391,9 +390,7 @@ fn every_order(vendor: Vendor, rounds: usize) -> Result<()> {
     let churned = churn.stop()?;
     modules::load_both()?;
     eprintln!("    {churned:?}; {decided} of them listed when the module went");
-    if churned.vms == 0 {
-        bail!("not one VM was made meanwhile");
-    }
+    ensure!(churned.vms >= rounds, "too few VMs were made meanwhile");
     // The host still works.
     ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
     let mut vmm = Vmm::start(&cgroup)?;

@@ -86,11 +86,11 @@ impl Test {
 
 /// Runs one test in clean surroundings.
 fn run(stock: bool, body: impl FnOnce() -> Result<()>) -> Result<()> {
+    let mut log = KernelLog::from_now()?;
     if !stock {
         modules::load_both()?;
         interface::ensure_empty().context("before the test")?;
     }
-    let mut log = KernelLog::from_now()?;
     let mut result = body();
     if !stock {
         let after = interface::ensure_empty().context("after the test");
@@ -122,17 +122,20 @@ fn is_slow_host() -> Result<bool> {
     Ok(total < MUCH_MEMORY)
 }
 
+/// All that the kernel's log still has.
+fn whole_log() -> Result<()> {
+    let lines = KernelLog::from_boot()?.lines()?;
+    let bad = bad_lines(&lines);
+    ensure!(bad.is_empty(), "the kernel complained: {bad:#?}");
+    Ok(())
+}
+
 fn tests() -> Result<Vec<Test>> {
     let vendor = Vendor::of_host()?;
     // What is supported is KVM's to say, and it says so on /dev/kvm.
     modules::load(vendor.module())?;
-    let boot = Test::new("boot::kernel_log", || {
-        // The host was booted, and the modules loaded, before any test looked at the log.
-        let lines = KernelLog::from_boot()?.lines()?;
-        let bad = bad_lines(&lines);
-        ensure!(bad.is_empty(), "the kernel complained: {bad:#?}");
-        Ok(())
-    });
+    // The host was booted, and the modules loaded, before any test looked at the log.
+    let boot = Test::new("boot::kernel_log", whole_log);
     let tests = [
         vec![boot.stock()],
         stock::tests(vendor)?,
@@ -144,6 +147,8 @@ fn tests() -> Result<Vec<Test>> {
         lifecycle::tests(vendor)?,
         cgroups::tests()?,
         guest::tests(vendor),
+        // What was said between tests, and after the last one, by workers and the like.
+        vec![Test::new("end::kernel_log", whole_log).stock()],
     ];
     Ok(tests.into_iter().flatten().collect())
 }
