@@ -48,10 +48,10 @@ impl OwnedFile {
         buffer.get(..read as usize).ok_or(EIO)
     }
 
-    /// An ioctl whose argument is a number; one that takes a pointer fails with [`EFAULT`] for
-    /// want of one into user space. May sleep.
+    /// An ioctl whose argument is a number. Not for one that takes a pointer: the number would be
+    /// taken for an address in the current task. May sleep.
     pub(crate) fn ioctl(&self, command: u32, argument: u32) -> Result<c_long> {
-        // SAFETY: The file is open.
+        // SAFETY: The file is open; its operations check what user space could pass as well.
         let result = unsafe {
             shim::exitpolicy_file_ioctl(self.0.as_ptr().cast(), command, argument as usize)
         };
