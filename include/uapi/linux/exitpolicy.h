@@ -7,6 +7,15 @@
  * "allow", the most that any VM in the cgroup may get.  Sets are made of the
  * KVM_X86_DISABLE_EXITS_* bits of <linux/kvm.h>.
  *
+ * A VM or one of its vCPUs can have an override, which stands in for the
+ * cgroup's "disable"; "allow" holds all the same.
+ *
+ * Commands that change something apply to VMs that run.  A vCPU changes in its
+ * own thread, on its way into the guest; the command makes it leave the guest
+ * for that, and returns when every vCPU has changed or cannot execute guest
+ * code before it has.  One that does neither in time is counted in "pending",
+ * and changes when it can; that is no error.
+ *
  * Rules that hold for every command:
  *
  *  - The argument points to a structure whose first member, @size, the caller
@@ -28,7 +37,7 @@
  *   ENODEV  the cgroup is being removed
  *   EOPNOTSUPP  the cgroup is threaded: its processes count as those of its
  *           domain, the nearest ancestor that is not
- *   ENOENT  there is no such policy, no such VM, or no further one
+ *   ENOENT  there is no such policy, VM or vCPU, or no further one
  *   EPERM   the caller lacks CAP_SYS_ADMIN in the initial user namespace
  *   EFAULT  the argument cannot be read or written
  *   ENOMEM  out of memory
@@ -61,7 +70,11 @@
  * @clamps: out: decisions in which "allow" took something away that the VMM
  *	had asked for, since the module was loaded
  * @policies: out: number of policies
- * @vms: out: number of VMs with a decision
+ * @vms: out: number of VMs that the module knows
+ * @pending: out: number of vCPUs that are on their way, those that change at
+ *	their next entry included
+ * @holding: out: number of VMs that differ from what their VMM asked for.
+ *	The module cannot be unloaded while there is one
  */
 struct exitpolicy_info {
 	__u32 size;
@@ -74,20 +87,34 @@ struct exitpolicy_info {
 	__u64 clamps;
 	__u64 policies;
 	__u64 vms;
+	__u64 pending;
+	__u64 holding;
 };
+
+/* Flags of the commands that change something. */
+
+/* Leave the VMs that run as they are. */
+#define EXITPOLICY_NEW_ONLY		(1 << 2)
+/* Do not wait for the vCPUs. */
+#define EXITPOLICY_NO_WAIT		(1 << 3)
 
 /**
  * struct exitpolicy_enabled - argument of EXITPOLICY_SET_ENABLED
  * @size: sizeof(struct exitpolicy_enabled)
- * @flags: must be 0
- * @enabled: in: 1 to apply policies to new VMs, 0 to leave them alone
+ * @flags: EXITPOLICY_NEW_ONLY, EXITPOLICY_NO_WAIT
+ * @enabled: in: 1 to apply policies and overrides, 0 to give every VM what its
+ *	VMM asked for
  * @reserved: must be 0
+ * @timeout_ms: in: how long to wait for vCPUs, at most 60000; 0 for a second
+ * @pending: out: number of vCPUs that were waited for in vain
  */
 struct exitpolicy_enabled {
 	__u32 size;
 	__u32 flags;
 	__u32 enabled;
 	__u32 reserved;
+	__u32 timeout_ms;
+	__u32 pending;
 };
 
 /* EXITPOLICY_SET_POLICY: which of the two sets to change. */
@@ -99,7 +126,8 @@ struct exitpolicy_enabled {
  * @size: sizeof(struct exitpolicy_policy)
  * @flags: EXITPOLICY_SET_POLICY: EXITPOLICY_POLICY_*, at least one; the set
  *	that is not named keeps its value, or is "none" (disable) and "all"
- *	(allow) in a new policy.  All others: must be 0
+ *	(allow) in a new policy.  This one and EXITPOLICY_CLEAR_POLICY:
+ *	EXITPOLICY_NEW_ONLY, EXITPOLICY_NO_WAIT.  All others: must be 0
  * @cgroup_fd: in: a directory of the cgroup v2 file system (O_PATH will do).
  *	EXITPOLICY_NEXT_POLICY: must be 0
  * @reserved: must be 0
@@ -109,6 +137,10 @@ struct exitpolicy_enabled {
  *	ignored on input; out: the id of the cgroup
  * @disable: the exits that every VM gets
  * @allow: the most that any VM may get
+ * @timeout_ms: EXITPOLICY_SET_POLICY and EXITPOLICY_CLEAR_POLICY: in: how long
+ *	to wait for vCPUs, at most 60000; 0 for a second.  All others: ignored
+ * @pending: EXITPOLICY_SET_POLICY and EXITPOLICY_CLEAR_POLICY: out: number of
+ *	vCPUs that were waited for in vain
  *
  * A cgroup's id is what name_to_handle_at() says of its directory, as in
  * bpf_get_current_cgroup_id().  Ids are never used twice.
@@ -121,7 +153,24 @@ struct exitpolicy_policy {
 	__u64 cgroup_id;
 	__u64 disable;
 	__u64 allow;
+	__u32 timeout_ms;
+	__u32 pending;
 };
+
+/*
+ * Why exits that a VM should get are refused to it, or why it keeps some that
+ * it should not have.
+ */
+#define EXITPOLICY_REFUSAL_NONE		0
+/*
+ * "hlt", on Intel: a vCPU's guest was told of KVM_FEATURE_PV_UNHALT.  Its kick
+ * raises no interrupt, and would not end a native HLT.
+ */
+#define EXITPOLICY_REFUSAL_PV_UNHALT	1
+/* All but "hlt": the guest's state is encrypted. */
+#define EXITPOLICY_REFUSAL_PROTECTED	2
+/* All: KVM runs on Hyper-V and does not use the CPU's own VMCS. */
+#define EXITPOLICY_REFUSAL_HYPERV	3
 
 /**
  * struct exitpolicy_vm - argument of EXITPOLICY_NEXT_VM and EXITPOLICY_GET_VM
@@ -130,13 +179,20 @@ struct exitpolicy_policy {
  * @id: EXITPOLICY_NEXT_VM: in: where to go on, 0 to begin; out: the VM's id.
  *	EXITPOLICY_GET_VM: in: the VM's id.  Ids count up from 1 and are not
  *	used twice while the module stays loaded
- * @cgroup_id: out: the domain cgroup of the VMM when its VM was decided on
+ * @cgroup_id: out: the domain cgroup of the VMM when its VM was last decided on
  * @pid: out: the VMM's thread group id in the initial pid namespace
  * @vcpus: out: number of vCPUs, one that is being created included
  * @floor: out: what KVM itself had disabled
  * @requested: out: what the VMM asked for with KVM_CAP_X86_DISABLE_EXITS
- * @effective: out: what the VM got
+ * @effective: out: what the VM should have; vCPUs with an override differ
  * @clamped: out: what the VMM asked for and "allow" took away
+ * @disable: out: the VM's override, if @has_disable
+ * @refused: out: what of @effective the VM cannot be given, or what it keeps
+ *	in spite of it
+ * @refusal: out: EXITPOLICY_REFUSAL_*, why
+ * @has_disable: out: 1 if the VM has an override
+ * @pending: out: number of its vCPUs that are on their way
+ * @adopted: out: 1 if the VM is older than the module
  */
 struct exitpolicy_vm {
 	__u32 size;
@@ -149,6 +205,79 @@ struct exitpolicy_vm {
 	__u64 requested;
 	__u64 effective;
 	__u64 clamped;
+	__u64 disable;
+	__u64 refused;
+	__u32 refusal;
+	__u32 has_disable;
+	__u32 pending;
+	__u32 adopted;
+};
+
+/* The vCPU is as it should be, except for what is refused. */
+#define EXITPOLICY_VCPU_IN_FORCE	0
+/* It is not in the guest, and will change before it is. */
+#define EXITPOLICY_VCPU_NEXT_ENTRY	1
+/* It is in the guest, and was asked to leave it. */
+#define EXITPOLICY_VCPU_PENDING		2
+/* It is in a guest of its guest, and will change when that one exits. */
+#define EXITPOLICY_VCPU_IN_L2		3
+
+/**
+ * struct exitpolicy_vcpu - argument of EXITPOLICY_NEXT_VCPU and
+ *	EXITPOLICY_GET_VCPU
+ * @size: sizeof(struct exitpolicy_vcpu)
+ * @flags: must be 0
+ * @vm: in: the VM's id
+ * @vcpu_id: EXITPOLICY_NEXT_VCPU: in: where to go on, 0 to begin; out: the
+ *	lowest vCPU id that is not below.  EXITPOLICY_GET_VCPU: in: the id.
+ *	Ids are those of KVM_CREATE_VCPU
+ * @state: out: EXITPOLICY_VCPU_*
+ * @disable: out: the vCPU's override, if @has_disable
+ * @wanted: out: what it should have
+ * @in_force: out: what it has
+ * @refused: out: where it may stay different from @wanted
+ * @refusal: out: EXITPOLICY_REFUSAL_*, why
+ * @has_disable: out: 1 if the vCPU has an override of its own
+ */
+struct exitpolicy_vcpu {
+	__u32 size;
+	__u32 flags;
+	__u64 vm;
+	__u32 vcpu_id;
+	__u32 state;
+	__u64 disable;
+	__u64 wanted;
+	__u64 in_force;
+	__u64 refused;
+	__u32 refusal;
+	__u32 has_disable;
+};
+
+/* EXITPOLICY_SET_VM, EXITPOLICY_RESET_VM: one vCPU, not the VM. */
+#define EXITPOLICY_VM_VCPU		(1 << 0)
+
+/**
+ * struct exitpolicy_override - argument of EXITPOLICY_SET_VM and
+ *	EXITPOLICY_RESET_VM
+ * @size: sizeof(struct exitpolicy_override)
+ * @flags: EXITPOLICY_VM_VCPU, EXITPOLICY_NO_WAIT
+ * @vm: in: the VM's id
+ * @vcpu_id: in: the vCPU's, with EXITPOLICY_VM_VCPU; otherwise must be 0
+ * @timeout_ms: in: how long to wait for vCPUs, at most 60000; 0 for a second
+ * @disable: in: what stands in for the cgroup's "disable".
+ *	EXITPOLICY_RESET_VM: must be 0
+ * @pending: out: number of vCPUs that were waited for in vain
+ * @reserved: must be 0
+ */
+struct exitpolicy_override {
+	__u32 size;
+	__u32 flags;
+	__u64 vm;
+	__u32 vcpu_id;
+	__u32 timeout_ms;
+	__u64 disable;
+	__u32 pending;
+	__u32 reserved;
 };
 
 /*
@@ -158,7 +287,7 @@ struct exitpolicy_vm {
 
 /* Tell what the module found and does. */
 #define EXITPOLICY_GET_INFO		_IO(EXITPOLICY_IOC_MAGIC, 0x00)
-/* The master switch.  VMs that have their decision keep it. */
+/* The master switch. */
 #define EXITPOLICY_SET_ENABLED		_IO(EXITPOLICY_IOC_MAGIC, 0x01)
 /* Make or change the policy of a cgroup. */
 #define EXITPOLICY_SET_POLICY		_IO(EXITPOLICY_IOC_MAGIC, 0x10)
@@ -174,5 +303,13 @@ struct exitpolicy_vm {
 #define EXITPOLICY_NEXT_VM		_IO(EXITPOLICY_IOC_MAGIC, 0x20)
 /* One VM by its id; ENOENT if it is gone. */
 #define EXITPOLICY_GET_VM		_IO(EXITPOLICY_IOC_MAGIC, 0x21)
+/* Give a VM or a vCPU an override, or change it. */
+#define EXITPOLICY_SET_VM		_IO(EXITPOLICY_IOC_MAGIC, 0x22)
+/* Take an override away: a VM's with those of its vCPUs, or one vCPU's. */
+#define EXITPOLICY_RESET_VM		_IO(EXITPOLICY_IOC_MAGIC, 0x23)
+/* The VM's vCPU with the next id; ENOENT after the last, and if the VM is gone. */
+#define EXITPOLICY_NEXT_VCPU		_IO(EXITPOLICY_IOC_MAGIC, 0x24)
+/* One vCPU; ENOENT if there is none, or no such VM. */
+#define EXITPOLICY_GET_VCPU		_IO(EXITPOLICY_IOC_MAGIC, 0x25)
 
 #endif /* _UAPI_LINUX_EXITPOLICY_H */

@@ -334,8 +334,8 @@ pub fn only_vm() -> Result<VmView> {
     ensure!(vms.len() == 1, "there should be one VM: {vms:?}");
     let by_ioctl = vms[0].clone();
     let id = by_ioctl.id;
-    // Directories are made by a worker.
-    if !soon(|| Ok(sysfs::vm_ids()? == [id]))? {
+    // Directories are made by a worker, and are there before their files are.
+    if !soon(|| Ok(sysfs::vm_ids()? == [id] && sysfs::vm(id).is_ok()))? {
         bail!(
             "sysfs has the VMs {:?}, not just {id}",
             sysfs::vm_ids().unwrap_or_default()
