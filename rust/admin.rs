@@ -4,15 +4,22 @@
 //! or changes nothing, and sysfs shows the result before it returns.
 
 use crate::{
+    bindings as shim,
     engine::Engine,
+    hooks::{
+        hook,
+        Hook,
+        NestedVmexit, //
+    },
     interface::sysfs::entries::{
         PolicyFiles,
+        VcpuFiles,
         VmFiles, //
     },
     kernel_ext::{
         cgroup::{
             Cgroup,
-            RemovalHandler, //
+            CgroupEvents, //
         },
         kobject::{
             Directory,
@@ -23,6 +30,7 @@ use crate::{
             RawSpinLock, //
         },
     },
+    live::Scope,
     policy::{
         Exits,
         Policy, //
@@ -42,6 +50,7 @@ use kernel::{
         ArcBorrow,
         Mutex, //
     },
+    time::Delta,
     workqueue::{
         self,
         Work,
@@ -57,6 +66,13 @@ pub(crate) struct Admin {
     /// directories must not take it: removing a directory waits for them.
     #[pin]
     directories: Mutex<Option<Directories>>,
+    /// Held while VMs that run are decided on again, so that an older decision does not overtake a
+    /// newer one. Not while vCPUs are waited for, nor while directories are removed.
+    #[pin]
+    changes: Mutex<()>,
+    /// The hook that is there while a vCPU waits for the end of L2.
+    #[pin]
+    l2: Mutex<Option<Hook<NestedVmexit>>>,
     /// Left by the watch on removed cgroups for the worker.
     #[pin]
     removed: RawSpinLock<Removed>,
@@ -67,9 +83,36 @@ pub(crate) struct Admin {
 /// `cgroups` and `vms`, with what is below them. Field order is drop order: children first.
 struct Directories {
     policies: RBTree<u64, Pin<KBox<Directory<PolicyFiles>>>>,
-    vms: RBTree<u64, Pin<KBox<Directory<VmFiles>>>>,
+    vms: RBTree<u64, VmDirectory>,
     cgroups_parent: Pin<KBox<Directory<()>>>,
     vms_parent: Pin<KBox<Directory<()>>>,
+}
+
+/// `vms/<id>`. Field order is drop order.
+struct VmDirectory {
+    /// `vcpu<N>`, by the vCPUs' indices.
+    vcpus: KVec<Pin<KBox<Directory<VcpuFiles>>>>,
+    directory: Pin<KBox<Directory<VmFiles>>>,
+}
+
+/// How a change is carried out.
+#[derive(Clone, Copy)]
+pub(crate) struct How {
+    /// Leave the VMs that run as they are.
+    pub(crate) new_only: bool,
+    /// How long to wait for their vCPUs.
+    pub(crate) wait: Option<Delta>,
+}
+
+impl How {
+    /// How long who does not say is made to wait.
+    pub(crate) const DEFAULT_WAIT: Delta = Delta::from_millis(1000);
+
+    /// At once, and wait for it.
+    pub(crate) const LIVE: Self = Self {
+        new_only: false,
+        wait: Some(Self::DEFAULT_WAIT),
+    };
 }
 
 /// Cgroups that had a policy when they were removed.
@@ -99,6 +142,8 @@ impl Admin {
             pin_init!(Self {
                 engine,
                 directories <- new_mutex!(None, "exitpolicy_directories"),
+                changes <- new_mutex!((), "exitpolicy_changes"),
+                l2 <- new_mutex!(None, "exitpolicy_l2"),
                 removed <- new_raw_spinlock!(Removed::NONE, "exitpolicy_removed"),
                 work <- new_work!("exitpolicy_work"),
             }),
@@ -144,40 +189,171 @@ impl Admin {
     }
 
     /// Changes those sets of a cgroup's policy that are given, makes the policy if there is none,
-    /// and returns the result. Fails with [`ENODEV`] if the cgroup is being removed, and with
-    /// [`EOPNOTSUPP`] if it is threaded: its processes are those of its domain.
+    /// and returns the result, with the number of vCPUs that were waited for in vain. Fails with
+    /// [`ENODEV`] if the cgroup is being removed, and with [`EOPNOTSUPP`] if it is threaded: its
+    /// processes are those of its domain.
     pub(crate) fn set_policy(
-        &self,
+        this: &Arc<Self>,
         cgroup: &Cgroup,
         disable: Option<Exits>,
         allow: Option<Exits>,
-    ) -> Result<Policy> {
+        how: How,
+    ) -> Result<(Policy, u32)> {
         refuse_threaded(cgroup)?;
-        let store = &self.engine.store;
-        let mut directories = self.directories.lock();
-        match store.change(cgroup.id(), disable, allow) {
-            Some(policy) => Ok(policy),
-            None => {
-                let policy = Policy::NEUTRAL.with(disable, allow);
-                self.add_policy(&mut directories, cgroup, policy)?;
-                Ok(policy)
+        let policy = {
+            let mut directories = this.directories.lock();
+            match this.engine.store.change(cgroup.id(), disable, allow) {
+                Some(policy) => policy,
+                None => {
+                    let policy = Policy::NEUTRAL.with(disable, allow);
+                    Self::add_policy(this, &mut directories, cgroup, policy)?;
+                    policy
+                }
             }
+        };
+        Ok((
+            policy,
+            this.policies_changed(Scope::Below(cgroup.id()), how),
+        ))
+    }
+
+    /// Changes those sets of an existing policy that are given. Fails with [`ENODEV`] if there is
+    /// none.
+    pub(crate) fn change_policy(
+        &self,
+        cgroup: u64,
+        disable: Option<Exits>,
+        allow: Option<Exits>,
+        how: How,
+    ) -> Result {
+        let changed = self.engine.store.change(cgroup, disable, allow);
+        changed.ok_or(ENODEV)?;
+        self.policies_changed(Scope::Below(cgroup), how);
+        Ok(())
+    }
+
+    /// Turns the master switch, and returns the number of vCPUs that were waited for in vain.
+    pub(crate) fn set_enabled(&self, enabled: bool, how: How) -> u32 {
+        self.engine.set_enabled(enabled);
+        self.policies_changed(Scope::All, how)
+    }
+
+    /// Lets VMs that run, or are just being decided on, follow a change of policies.
+    fn policies_changed(&self, scope: Scope, how: How) -> u32 {
+        self.engine.policies_changed();
+        if how.new_only {
+            0
+        } else {
+            self.change(scope, how)
         }
+    }
+
+    fn change(&self, scope: Scope, how: How) -> u32 {
+        let stamp = {
+            let _changes = self.changes.lock();
+            self.engine.change(scope)
+        };
+        let pending = how.wait.map_or(0, |limit| {
+            self.engine.wait_for(stamp, limit, |_| self.watch_l2())
+        });
+        self.set_quiet_flags();
+        pending
+    }
+
+    /// Gives a VM, or one of its vCPUs, an override, or takes it away, from a VM with those of its
+    /// vCPUs. Returns the number of vCPUs that were waited for in vain. Fails with [`ENOENT`].
+    pub(crate) fn set_override(
+        &self,
+        vm: u64,
+        vcpu: Option<u32>,
+        disable: Option<Exits>,
+        how: How,
+    ) -> Result<u32> {
+        let set = self.engine.vms.with(vm, |vm, _| {
+            match vcpu {
+                Some(id) => {
+                    let mut vcpus = vm.vcpus.iter_mut();
+                    let vcpu = vcpus.find(|vcpu| vcpu.id == id).ok_or(ENOENT)?;
+                    vcpu.disable = disable;
+                }
+                None => {
+                    vm.disable = disable;
+                    if disable.is_none() {
+                        for vcpu in vm.vcpus.iter_mut() {
+                            vcpu.disable = None;
+                        }
+                    }
+                }
+            }
+            Ok::<(), Error>(())
+        });
+        set.ok_or(ENOENT)??;
+        Ok(self.change(Scope::One(vm), how))
+    }
+
+    /// Sets flags that can be set only while no CPU looks at a vCPU, if there are any.
+    fn set_quiet_flags(&self) {
+        /// # Safety
+        ///
+        /// `engine` must point to an `Engine`.
+        unsafe extern "C" fn set(engine: *mut c_void) -> c_int {
+            // SAFETY: By the safety requirements.
+            unsafe { &*engine.cast::<Engine>() }.set_quiet_flags();
+            0
+        }
+
+        if self.engine.wants_quiet() {
+            let engine: *const Engine = &*self.engine;
+            // SAFETY: `set` is called during this call only, with an `Engine`. It takes a raw
+            // spinlock: nobody is stopped who holds one.
+            unsafe { shim::exitpolicy_stop_machine(Some(set), engine.cast_mut().cast()) };
+        }
+    }
+
+    /// Makes sure that vCPUs in L2 are asked again when they leave it.
+    fn watch_l2(&self) {
+        let mut l2 = self.l2.lock();
+        if l2.is_some() {
+            return;
+        }
+        // Under the lock: who lets go of the vendor module takes the facts away, then the hook.
+        let Some(facts) = self.engine.facts() else {
+            return;
+        };
+        let Some(symbol) = facts.vendor.functions().nested_vmexit else {
+            return;
+        };
+        // The log has the reason if it fails; then the vCPU changes when it is asked again.
+        *l2 = hook(symbol, NestedVmexit(self.engine.clone())).ok();
+        // One may have left before the hook was there.
+        self.engine.ask_in_l2();
+    }
+
+    /// Removes the hook on the end of L2.
+    pub(crate) fn stop_watching_l2(&self) {
+        let hook = self.l2.lock().take();
+        drop(hook);
     }
 
     /// Gives a cgroup a policy that changes nothing yet. Fails with [`EEXIST`] if it has one,
     /// and otherwise as [`Admin::set_policy`].
-    pub(crate) fn attach(&self, cgroup: &Cgroup) -> Result {
+    ///
+    /// "Nothing yet" is said of the policy: it ends the inheritance of `disable`.
+    pub(crate) fn attach(this: &Arc<Self>, cgroup: &Cgroup, how: How) -> Result {
         refuse_threaded(cgroup)?;
-        let mut directories = self.directories.lock();
-        if self.engine.store.get(cgroup.id()).is_some() {
-            return Err(EEXIST);
+        {
+            let mut directories = this.directories.lock();
+            if this.engine.store.get(cgroup.id()).is_some() {
+                return Err(EEXIST);
+            }
+            Self::add_policy(this, &mut directories, cgroup, Policy::NEUTRAL)?;
         }
-        self.add_policy(&mut directories, cgroup, Policy::NEUTRAL)
+        this.policies_changed(Scope::Below(cgroup.id()), how);
+        Ok(())
     }
 
     fn add_policy(
-        &self,
+        this: &Arc<Self>,
         directories: &mut Option<Directories>,
         cgroup: &Cgroup,
         policy: Policy,
@@ -187,29 +363,33 @@ impl Admin {
         let directory = Directory::new(
             fmt!("{}", id),
             Parent::Directory(&directories.cgroups_parent),
-            PolicyFiles::new(self.engine.clone(), id),
+            PolicyFiles::new(this.clone(), id),
         )?;
         let node = RBTreeNode::new(id, directory, GFP_KERNEL)?;
-        self.engine.store.add(id, policy)?;
+        this.engine.store.add(id, policy)?;
         directories.policies.insert(node);
 
         // Pairs with cgroup_rmdir(), which marks the cgroup dead before our watch looks for its
         // policy: either the watch sees the policy, or we see the mark.
         smp_mb(Full);
         if cgroup.is_dead() {
-            self.remove_policy(directories, id);
+            this.remove_policy(directories, id);
             return Err(ENODEV);
         }
         Ok(())
     }
 
-    /// Takes a cgroup's policy away. Fails with [`ENOENT`] if it has none.
-    pub(crate) fn clear_policy(&self, cgroup: u64) -> Result {
-        let mut directories = self.directories.lock();
-        let directories = (*directories).as_mut().ok_or(ENODEV)?;
-        self.remove_policy(directories, cgroup)
-            .then_some(())
-            .ok_or(ENOENT)
+    /// Takes a cgroup's policy away, and returns the number of vCPUs that were waited for in vain.
+    /// Fails with [`ENOENT`] if it has none.
+    pub(crate) fn clear_policy(&self, cgroup: u64, how: How) -> Result<u32> {
+        {
+            let mut directories = self.directories.lock();
+            let directories = (*directories).as_mut().ok_or(ENODEV)?;
+            if !self.remove_policy(directories, cgroup) {
+                return Err(ENOENT);
+            }
+        }
+        Ok(self.policies_changed(Scope::Below(cgroup), how))
     }
 
     fn remove_policy(&self, directories: &mut Directories, cgroup: u64) -> bool {
@@ -218,8 +398,23 @@ impl Admin {
         removed
     }
 
-    /// The worker: takes policies of removed cgroups away, and makes and removes `vms/<id>`.
-    fn tidy(&self) {
+    /// The worker: does what hooks cannot do.
+    fn work(this: &Arc<Self>) {
+        this.tidy(this);
+        {
+            let _changes = this.changes.lock();
+            this.engine.change(Scope::Stale);
+        }
+        this.set_quiet_flags();
+        if this.engine.any_in_l2() {
+            this.watch_l2();
+        } else {
+            this.stop_watching_l2();
+        }
+    }
+
+    /// Takes policies of removed cgroups away, and makes and removes `vms/<id>`.
+    fn tidy(&self, this: &Arc<Self>) {
         let mut directories = self.directories.lock();
         let Some(directories) = (*directories).as_mut() else {
             return;
@@ -237,8 +432,13 @@ impl Admin {
         }
 
         while let Some(vm) = self.engine.vms.next_to_publish() {
-            if self.publish_vm(directories, vm).is_err() {
+            if Self::publish_vm(this, directories, vm).is_err() {
                 // Decided on and in the ioctl's list, but not in sysfs.
+                self.engine.count_missed();
+            }
+        }
+        while let Some((vm, index, vcpu)) = self.engine.vms.next_vcpu_to_publish() {
+            if Self::publish_vcpu(this, directories, vm, index, vcpu).is_err() {
                 self.engine.count_missed();
             }
         }
@@ -254,15 +454,36 @@ impl Admin {
         }
     }
 
-    fn publish_vm(&self, directories: &mut Directories, vm: u64) -> Result {
+    fn publish_vm(this: &Arc<Self>, directories: &mut Directories, vm: u64) -> Result {
         let directory = Directory::new(
             fmt!("{}", vm),
             Parent::Directory(&directories.vms_parent),
-            VmFiles::new(self.engine.clone(), vm),
+            VmFiles::new(this.clone(), vm),
         )?;
+        let vcpus = KVec::new();
+        let directory = VmDirectory { vcpus, directory };
         directories
             .vms
             .try_create_and_insert(vm, directory, GFP_KERNEL)?;
+        Ok(())
+    }
+
+    fn publish_vcpu(
+        this: &Arc<Self>,
+        directories: &mut Directories,
+        vm: u64,
+        index: usize,
+        vcpu: u32,
+    ) -> Result {
+        let vm_directory = directories.vms.get_mut(&vm).ok_or(ENOENT)?;
+        // Those of vCPUs whose creation has failed.
+        vm_directory.vcpus.truncate(index);
+        let directory = Directory::new(
+            fmt!("vcpu{}", vcpu),
+            Parent::Directory(&vm_directory.directory),
+            VcpuFiles::new(this.clone(), vm, vcpu),
+        )?;
+        vm_directory.vcpus.push(directory, GFP_KERNEL)?;
         Ok(())
     }
 }
@@ -280,11 +501,11 @@ impl WorkItem for Admin {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        this.tidy();
+        Self::work(&this);
     }
 }
 
-impl RemovalHandler for Admin {
+impl CgroupEvents for Admin {
     fn cgroup_removed(this: ArcBorrow<'_, Self>, id: u64) {
         if this.engine.store.get(id).is_none() {
             return;
@@ -301,5 +522,11 @@ impl RemovalHandler for Admin {
             }
         }
         Self::wake(&this.into());
+    }
+
+    fn process_moved(this: ArcBorrow<'_, Self>, process: u32) {
+        if this.engine.vms.process_moved(process) {
+            Self::wake(&this.into());
+        }
     }
 }

@@ -4,9 +4,13 @@
 
 use crate::{
     interface::trace,
-    kernel_ext::cgroup::Cgroup,
+    kernel_ext::{
+        cgroup::Cgroup,
+        process::Process, //
+    },
     kvm,
     policy::{
+        Decision,
         Exits,
         Resolved, //
     },
@@ -17,7 +21,10 @@ use crate::{
         Vendor, //
     },
     vm::{
-        Record,
+        hold_module,
+        New,
+        Vcpu,
+        Vm,
         Vms, //
     },
 };
@@ -25,12 +32,15 @@ use kernel::{
     prelude::*,
     sync::{
         atomic::{
+            Acquire,
             Atomic,
             AtomicFlag,
+            Full,
             Relaxed, //
         },
         rcu, //
     },
+    task::Task, //
 };
 
 /// What is known of the vendor module in use. Constant for as long as it is loaded.
@@ -59,6 +69,10 @@ pub(crate) struct Engine {
     missed: Atomic<u64>,
     /// Decisions that took something away that the VMM had asked for.
     clamps: Atomic<u64>,
+    /// Counts changes of policies, so that a decision can tell whether it is of yesterday.
+    generation: Atomic<u64>,
+    /// The last change that was begun.
+    stamp: Atomic<u64>,
     /// The VM that is made to look at KVM, and not to be decided on.
     pub(crate) probe: Probe,
 }
@@ -72,6 +86,8 @@ impl Engine {
             enabled: AtomicFlag::new(true),
             missed: Atomic::new(0),
             clamps: Atomic::new(0),
+            generation: Atomic::new(0),
+            stamp: Atomic::new(0),
             probe: Probe::new(),
         })
     }
@@ -99,9 +115,21 @@ impl Engine {
         self.enabled.load(Relaxed)
     }
 
-    /// Turns the master switch. VMs that have their decision keep it.
+    /// Turns the master switch. VMs that have their decision keep it until it is changed.
     pub(crate) fn set_enabled(&self, enabled: bool) {
         self.enabled.store(enabled, Relaxed);
+        self.policies_changed();
+    }
+
+    /// To be called after policies have changed and before VMs are decided on again: one that is
+    /// being decided on and not to be seen yet will find out.
+    pub(crate) fn policies_changed(&self) {
+        self.generation.fetch_add(1, Full);
+    }
+
+    /// A stamp for another change.
+    pub(crate) fn next_stamp(&self) -> u64 {
+        self.stamp.fetch_add(1, Relaxed) + 1
     }
 
     pub(crate) fn missed(&self) -> u64 {
@@ -117,27 +145,18 @@ impl Engine {
     }
 
     /// Decides on the VM of a vCPU that is being created, unless it has one already, and writes
-    /// the decision into the VM. Returns whether there is a VM more to show.
+    /// the decision into the VM. Returns whether the worker has something to do.
     ///
     /// # Safety
     ///
     /// To be called on entry of `kvm_x86_ops.vcpu_create`: KVM then holds `kvm->lock`
     /// (virt/kvm/kvm_main.c: kvm_vm_ioctl_create_vcpu()), and has not looked at the flags for this
     /// vCPU yet.
-    pub(crate) unsafe fn vcpu_created(&self, vm: kvm::Vm<'_>) -> bool {
-        if self.probe.vcpu_created(vm) {
+    pub(crate) unsafe fn vcpu_created(&self, vcpu: kvm::Vcpu<'_>) -> bool {
+        let Some(vm) = vcpu.vm() else {
             return false;
-        }
-        let online = vm.online_vcpus();
-        let known = self.vms.by_key(vm.key());
-        // Only the first vCPU decides. A VM that has one is decided on, or older than we are.
-        if online != 0 {
-            if let Some(known) = known {
-                self.vms.replace(Record {
-                    vcpus: online + 1,
-                    ..known
-                });
-            }
+        };
+        if self.probe.vcpu_created(vm) {
             return false;
         }
         let Some(facts) = self.facts() else {
@@ -145,77 +164,274 @@ impl Engine {
             self.count_missed();
             return false;
         };
+        let online = vm.online_vcpus();
+        let id = if online == 0 {
+            // SAFETY: By the safety requirements; no vCPU is online.
+            unsafe { self.first_vcpu_created(&facts, vm) }
+        } else {
+            self.vms.id_of(vm.key()).or_else(|| {
+                // SAFETY: A vCPU is online.
+                unsafe { self.adopt(vm, kernel::current!()) }
+            })
+        };
+        let Some(id) = id else {
+            return false;
+        };
+        if self
+            .add_vcpu(&facts, id, online as usize, vcpu.id(), true)
+            .is_err()
+        {
+            self.count_missed();
+        }
+        true
+    }
 
-        let known = known.filter(|before| self.is_earlier_try(vm, before));
+    /// Decides on a VM, writes the decision into it, and returns its id if it could be remembered.
+    ///
+    /// # Safety
+    ///
+    /// `kvm->lock` must be held, and no vCPU be online.
+    unsafe fn first_vcpu_created(&self, facts: &Facts, vm: kvm::Vm<'_>) -> Option<u64> {
         let flags = vm.disabled_exits();
         let current = Exits::from_bits_truncate(flags);
-        let requested = match known {
+        let known = self
+            .vms
+            .id_of(vm.key())
+            .filter(|id| self.is_earlier_try(vm, *id));
+        let earlier = known.and_then(|id| self.vms.with(id, |vm, _| (vm.requested, vm.flags)));
+        let requested = match earlier {
             // What is there now and was not put there by us, KVM_ENABLE_CAP has added since.
-            Some(before) => before.requested | (current & !before.effective),
+            Some((requested, written)) => requested | (current & !written),
             None => current & !facts.floor,
         };
 
         let task = kernel::current!();
-        let (cgroup, resolved) = {
-            let rcu = rcu::read_lock();
-            let cgroup = Cgroup::of_task(task, &rcu).domain();
-            let resolved = if self.enabled() {
-                self.store.resolve(cgroup)
-            } else {
-                Resolved::UNRESTRICTED
-            };
-            (cgroup.id(), resolved)
-        };
-        let decision = resolved.decide(facts.floor, requested, facts.supported);
-
-        let mut record = Record {
-            id: known.map_or(0, |before| before.id),
-            pid: task.tgid() as u32,
-            mm: vm.mm(),
-            cgroup,
-            floor: facts.floor,
-            requested,
-            effective: decision.effective,
-            clamped: decision.clamped,
-            vcpus: 1,
-        };
-        if known.is_some() {
-            self.vms.replace(record);
-        } else if let Ok(added) = self.vms.add(vm.key(), record) {
-            record = added;
+        let generation = self.generation.load(Relaxed);
+        let overridable = self.enabled();
+        let (cgroup, resolved) = self.policies_of_task(task);
+        let mut resolved = if overridable {
+            resolved
         } else {
+            Resolved::UNRESTRICTED
+        };
+        let mut decision = resolved.decide(facts.floor, requested, facts.supported);
+        let home = facts.floor | requested;
+        let mut hold = None;
+        if decision.effective != home {
+            hold = hold_module();
+            if hold.is_none() {
+                // The module is being unloaded, and nothing is to be left behind.
+                resolved = Resolved::UNRESTRICTED;
+                decision = resolved.decide(facts.floor, requested, facts.supported);
+            }
+        }
+
+        let id = match (known, Process::of(task)) {
+            (Some(id), _) => {
+                self.vms.with(id, |vm, _| {
+                    vm.cgroup = cgroup;
+                    vm.requested = requested;
+                    vm.resolved = resolved;
+                    vm.overridable = overridable;
+                    vm.decision = decision;
+                    vm.flags = decision.effective;
+                    vm.keep = home & decision.effective;
+                    vm.account();
+                });
+                Some(id)
+            }
+            (None, Some(process)) => {
+                let new = New {
+                    process,
+                    mm: vm.mm(),
+                    cgroup,
+                    floor: facts.floor,
+                    requested,
+                    flags: decision.effective,
+                    resolved,
+                    overridable,
+                    decision,
+                    adopted: false,
+                    hold,
+                };
+                self.vms.add(vm.key(), new).ok()
+            }
+            (None, None) => None,
+        };
+        if id.is_none() {
             // What is not allowed is taken all the same. But nothing is given: if this vCPU cannot
             // be created, nobody would know at the next try that the VMM did not ask for it.
-            record.effective = Resolved {
-                disable: Exits::NONE,
-                ..resolved
-            }
-            .decide(facts.floor, requested, facts.supported)
-            .effective;
+            decision.effective = resolved
+                .overridden(Some(Exits::NONE))
+                .decide(facts.floor, requested, facts.supported)
+                .effective;
             self.count_missed();
         }
 
-        if record.effective != current {
+        if decision.effective != current {
             let unknown = flags & !Exits::ALL.bits();
             // SAFETY: The caller promises that `kvm->lock` is held; no vCPU is online.
-            unsafe { vm.set_disabled_exits(unknown | record.effective.bits()) };
+            unsafe { vm.set_disabled_exits(unknown | decision.effective.bits()) };
         }
-        if !record.clamped.is_empty() {
-            self.clamps.add(1, Relaxed);
+        let clamped = !decision.clamped.is_empty();
+        match id {
+            Some(id) => {
+                // What has changed until the VM could be seen was not seen to concern it.
+                let again = self.generation.load(Acquire) != generation
+                    || self.policies_of_task(task).0 != cgroup;
+                self.vms.with(id, |vm, _| {
+                    vm.stale |= again;
+                    self.decided(vm, clamped);
+                });
+            }
+            None => {
+                self.count_clamps(clamped);
+                trace::decision(&trace::Decided {
+                    vm: 0,
+                    cgroup,
+                    pid: task.tgid() as u32,
+                    floor: facts.floor,
+                    requested,
+                    decision,
+                });
+            }
         }
-        trace::decision(&record);
-        known.is_none()
+        id
     }
 
-    /// Whether a record is of an earlier try to create this VM's first vCPU, which failed after
-    /// our hook, and not of another VM, at the same address, whose end we have not seen.
-    fn is_earlier_try(&self, vm: kvm::Vm<'_>, record: &Record) -> bool {
-        let same = record.mm == vm.mm();
+    /// The domain cgroup of a task, and what its policies say.
+    fn policies_of_task(&self, task: &Task) -> (u64, Resolved) {
+        let rcu = rcu::read_lock();
+        let cgroup = Cgroup::of_task(task, &rcu).domain();
+        (cgroup.id(), self.store.resolve(cgroup))
+    }
+
+    /// Remembers a vCPU, which is new or was there before the VM was known. Fails with [`ENOMEM`].
+    fn add_vcpu(&self, facts: &Facts, id: u64, index: usize, vcpu: u32, new: bool) -> Result {
+        let state = self.vms.with(id, |vm, kvm| {
+            let flags = kvm.map_or(0, kvm::Vm::disabled_exits);
+            Vcpu {
+                id: vcpu,
+                disable: None,
+                wanted: vm.wanted(None, facts.supported).effective,
+                // KVM makes its controls from the flags.
+                in_force: Exits::from_bits_truncate(flags),
+                sure: true,
+                entered: false,
+                in_l2: false,
+            }
+        });
+        self.vms.add_vcpu(id, index, state.ok_or(ENOENT)?, new)?;
+        self.vms.with(id, |vm, kvm| {
+            if let Some(kvm) = kvm {
+                vm.write_flags(kvm, facts.vendor, false);
+                vm.account();
+            }
+        });
+        Ok(())
+    }
+
+    /// Takes on a VM that is older than the module, as it is, and has the worker decide on it.
+    /// Returns its id, if it could be remembered.
+    ///
+    /// # Safety
+    ///
+    /// The VM must stay for the call, and a vCPU of it must be online, so that its flags are what
+    /// its VMM asked for and KVM writes them no more. `task` must be one of its VMM's.
+    pub(crate) unsafe fn adopt(&self, vm: kvm::Vm<'_>, task: &Task) -> Option<u64> {
+        let facts = self.facts()?;
+        let online = vm.online_vcpus();
+        if vm.is_tdx() || online == 0 {
+            return None;
+        }
+        let flags = Exits::from_bits_truncate(vm.disabled_exits());
+        let requested = flags & !facts.floor;
+        let id = match self.vms.id_of(vm.key()) {
+            Some(id) => id,
+            None => {
+                let new = New {
+                    process: Process::of(task)?,
+                    mm: vm.mm(),
+                    cgroup: self.policies_of_task(task).0,
+                    floor: facts.floor,
+                    requested,
+                    flags,
+                    resolved: Resolved::UNRESTRICTED,
+                    overridable: self.enabled(),
+                    decision: Decision {
+                        effective: flags,
+                        clamped: Exits::NONE,
+                    },
+                    adopted: true,
+                    hold: None,
+                };
+                match self.vms.add(vm.key(), new) {
+                    Ok(id) => id,
+                    Err(_) => {
+                        self.count_missed();
+                        return None;
+                    }
+                }
+            }
+        };
+        for index in 0..online {
+            let known = self.vms.with(id, |vm, kvm| {
+                if vm.vcpus.len() > index as usize {
+                    return None;
+                }
+                // SAFETY: There is a `kvm` only if the VM is not dying.
+                kvm.and_then(|kvm| unsafe { kvm.vcpu(index) }.map(kvm::Vcpu::id))
+            });
+            if let Some(Some(vcpu)) = known {
+                if self
+                    .add_vcpu(&facts, id, index as usize, vcpu, false)
+                    .is_err()
+                {
+                    self.count_missed();
+                    break;
+                }
+            }
+        }
+        self.vms.with(id, |vm, _| vm.stale = true);
+        Some(id)
+    }
+
+    /// Whether a VM that is known is this one, whose first vCPU could not be created after our
+    /// hook, and not another VM, at the same address, whose end we have not seen.
+    fn is_earlier_try(&self, vm: kvm::Vm<'_>, id: u64) -> bool {
+        let same = self.vms.with(id, |known, _| known.mm == vm.mm()) == Some(true);
         if !same {
             self.vms.remove(vm.key());
             self.count_missed();
         }
         same
+    }
+
+    fn count_clamps(&self, clamped: bool) {
+        if clamped {
+            self.clamps.add(1, Relaxed);
+        }
+    }
+
+    /// Counts and traces a decision.
+    pub(crate) fn decided(&self, vm: &Vm, clamped: bool) {
+        self.count_clamps(clamped);
+        trace::decision(&trace::Decided {
+            vm: vm.id,
+            cgroup: vm.cgroup,
+            pid: vm.pid,
+            floor: vm.floor,
+            requested: vm.requested,
+            decision: vm.decision,
+        });
+    }
+
+    /// Takes note of a vCPU that is being freed.
+    pub(crate) fn vcpu_freed(&self, vcpu: kvm::Vcpu<'_>) {
+        if let Some(vm) = vcpu.vm() {
+            self.vms
+                .vcpu_freed(vm.key(), vcpu.index(), vm.online_vcpus());
+        }
     }
 
     /// Forgets a VM that is being destroyed, and returns whether it was known.

@@ -3,20 +3,23 @@
 //! Disables KVM exits per cgroup, by the host's administrator, for VMMs that know nothing of it.
 //!
 //! `Documentation/design.md` has the architecture. In short, from the outside in: `interface` is
-//! what is seen from outside, `admin` what an administrator can do, `engine` what happens to a VM,
-//! `hooks` where it happens, `host` and `vendor` which KVM it happens to; `policy` is the pure
-//! algebra, `store` and `vm` are what is remembered, and `kernel_ext` and `bindings` hold what is
-//! unsafe.
+//! what is seen from outside, `admin` what an administrator can do, `engine` what happens to a new
+//! VM and `live` to one that runs, `hooks` where it happens, `host` and `vendor` which KVM it
+//! happens to; `policy` is the pure algebra, `store` and `vm` are what is remembered, and
+//! `kernel_ext` and `bindings` hold what is unsafe.
 
 mod admin;
+mod adopt;
 mod bindings;
 mod build_id;
+mod cpuid;
 mod engine;
 mod hooks;
 mod host;
 mod interface;
 mod kernel_ext;
 mod kvm;
+mod live;
 #[allow(
     dead_code,
     unreachable_pub,
@@ -44,7 +47,7 @@ use kernel::{
     sync::Arc, //
 };
 use kernel_ext::{
-    cgroup::RemovalWatch,
+    cgroup::CgroupWatch,
     module_notifier::ModuleNotifier, //
 };
 
@@ -69,13 +72,13 @@ module! {
 /// The loaded module.
 ///
 /// Field order is drop order. First nobody can give orders any more, then nothing happens any
-/// more, then nobody is at work; what a VM got stays with it.
+/// more, then nobody is at work. No VM has anything from us by then: it would hold the module.
 struct ExitPolicy {
     _chardev: Pin<KBox<Chardev>>,
     _sysfs: Sysfs,
     _notifier: Pin<KBox<ModuleNotifier<HostEvents>>>,
     _host: Arc<Host>,
-    _watch: RemovalWatch<Admin>,
+    _watch: CgroupWatch<Admin>,
     _settled: Settled,
 }
 
@@ -96,8 +99,8 @@ impl kernel::Module for ExitPolicy {
         let engine = Arc::pin_init(Engine::new(), GFP_KERNEL)?;
         let admin = Admin::new(engine)?;
         let settled = Settled(admin.clone());
-        let watch = RemovalWatch::new(admin.clone()).inspect_err(|error| {
-            pr_err!("cannot watch the tracepoint cgroup_rmdir: {:?}\n", *error);
+        let watch = CgroupWatch::new(admin.clone()).inspect_err(|error| {
+            pr_err!("cannot watch the tracepoints of cgroups: {:?}\n", *error);
         })?;
         let host = Arc::pin_init(Host::new(admin.clone()), GFP_KERNEL)?;
         let events = HostEvents(host.clone());

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The hooks: which operations of KVM's vendor module, and what happens at each.
+//! The hooks: which functions of KVM's, and what happens at each.
 //!
-//! None of them is on the way into or out of a guest: a running VM executes nothing of this
-//! module.
+//! None of them is on the way into or out of a guest: KVM calls them when vCPUs and VMs come and
+//! go, when a guest's CPUID is set, and when somebody has asked a vCPU to recalculate its
+//! intercepts. The exception is [`NestedVmexit`], which is there only while it is needed.
 
 use crate::{
     admin::Admin,
+    cpuid,
+    engine::Engine,
     kernel_ext::fprobe::{
         Call,
         Fprobe,
@@ -20,23 +23,37 @@ use kernel::{
     sync::Arc, //
 };
 
-/// The hooks on one vendor module. Dropping them waits for those that run.
+/// The hooks on one vendor module and on KVM itself. Dropping them waits for those that run.
 pub(crate) struct Hooks {
-    _vcpu_create: Pin<KBox<Fprobe<VcpuCreate>>>,
-    _vm_destroy: Pin<KBox<Fprobe<VmDestroy>>>,
+    _vcpu_create: Hook<VcpuCreate>,
+    _recalc_intercepts: Hook<RecalcIntercepts>,
+    _set_cpuid: Hook<SetCpuid>,
+    _vcpu_free: Hook<VcpuFree>,
+    _vm_destroy: Hook<VmDestroy>,
 }
+
+/// A hook that is in place until it is dropped.
+pub(crate) type Hook<H> = Pin<KBox<Fprobe<H>>>;
 
 impl Hooks {
     /// Registers them. Says which one it was if one cannot be.
     pub(crate) fn register(vendor: &dyn Vendor, admin: &Arc<Admin>) -> Result<Self> {
+        let functions = vendor.functions();
+        // The ends of VMs and vCPUs first, so that none is known whose end is not.
+        let vm_destroy = hook(functions.vm_destroy, VmDestroy(admin.clone()))?;
+        let vcpu_free = hook(functions.vcpu_free, VcpuFree(admin.clone()))?;
         Ok(Self {
-            _vcpu_create: hook(vendor.vcpu_create(), VcpuCreate(admin.clone()))?,
-            _vm_destroy: hook(vendor.vm_destroy(), VmDestroy(admin.clone()))?,
+            _set_cpuid: hook(c"kvm_set_cpuid", SetCpuid(admin.clone()))?,
+            _recalc_intercepts: hook(functions.recalc_intercepts, RecalcIntercepts(admin.clone()))?,
+            _vcpu_create: hook(functions.vcpu_create, VcpuCreate(admin.clone()))?,
+            _vcpu_free: vcpu_free,
+            _vm_destroy: vm_destroy,
         })
     }
 }
 
-fn hook<H: Handler>(symbol: &'static CStr, handler: H) -> Result<Pin<KBox<Fprobe<H>>>> {
+/// Registers a hook. Says so if it cannot be.
+pub(crate) fn hook<H: Handler>(symbol: &'static CStr, handler: H) -> Result<Hook<H>> {
     KBox::try_pin_init(Fprobe::register(symbol, handler), GFP_KERNEL).inspect_err(|error| {
         pr_err!(
             "cannot hook {}: {:?}; this kernel is not one that the module was made for\n",
@@ -51,12 +68,55 @@ struct VcpuCreate(Arc<Admin>);
 
 impl Handler for VcpuCreate {
     fn entered(&self, call: &Call<'_>) {
-        // SAFETY: We are registered on a vcpu_create only.
-        if let Some(vm) = unsafe { kvm::Vm::of_created_vcpu(call) } {
+        // SAFETY: We are registered on a vcpu_create only; kvm_vcpu_init() has set `kvm`.
+        if let Some(vcpu) = unsafe { kvm::Vcpu::of_call(call) } {
             // SAFETY: This is the entry of vcpu_create.
-            if unsafe { self.0.engine().vcpu_created(vm) } {
+            if unsafe { self.0.engine().vcpu_created(vcpu) } {
                 Admin::wake(&self.0);
             }
+        }
+    }
+}
+
+/// On entry of `kvm_x86_ops.recalc_intercepts`: write what was changed.
+struct RecalcIntercepts(Arc<Admin>);
+
+impl Handler for RecalcIntercepts {
+    fn entered(&self, call: &Call<'_>) {
+        // SAFETY: We are registered on a recalc_intercepts only.
+        if let Some(vcpu) = unsafe { kvm::LoadedVcpu::of_call(call) } {
+            if self.0.engine().recalculating(vcpu) {
+                Admin::wake(&self.0);
+            }
+        }
+    }
+}
+
+/// On entry of kvm_set_cpuid(): let it repeat what a guest was told.
+struct SetCpuid(Arc<Admin>);
+
+impl Handler for SetCpuid {
+    fn entered(&self, call: &Call<'_>) {
+        // SAFETY: We are registered on kvm_set_cpuid() only, whose first argument is a vCPU.
+        let Some(vcpu) = (unsafe { kvm::Vcpu::of_call(call) }) else {
+            return;
+        };
+        let changed = vcpu.vm().and_then(|vm| self.0.engine().changed_hlt(vm));
+        if let (Some(hlt_disabled), true) = (changed, vcpu.has_run()) {
+            // SAFETY: This is kvm_set_cpuid().
+            unsafe { cpuid::keep_repeatable(call, vcpu, hlt_disabled) };
+        }
+    }
+}
+
+/// On entry of `kvm_x86_ops.vcpu_free`: do not touch the VM any more.
+struct VcpuFree(Arc<Admin>);
+
+impl Handler for VcpuFree {
+    fn entered(&self, call: &Call<'_>) {
+        // SAFETY: We are registered on a vcpu_free only.
+        if let Some(vcpu) = unsafe { kvm::Vcpu::of_call(call) } {
+            self.0.engine().vcpu_freed(vcpu);
         }
     }
 }
@@ -70,6 +130,22 @@ impl Handler for VmDestroy {
         let key = unsafe { kvm::Vm::key_of_destroyed(call) };
         if self.0.engine().vm_destroyed(key) {
             Admin::wake(&self.0);
+        }
+    }
+}
+
+/// On entry of the function that leaves L2: ask a vCPU again that could not be changed in there.
+///
+/// This is on the way of guests that have guests, and therefore registered only while there is
+/// such a vCPU. Asking again from the hook on recalc_intercepts, while still in L2, would keep the
+/// vCPU from ever entering.
+pub(crate) struct NestedVmexit(pub(crate) Arc<Engine>);
+
+impl Handler for NestedVmexit {
+    fn entered(&self, call: &Call<'_>) {
+        // SAFETY: We are registered on a nested_vmexit only, whose first argument is a vCPU.
+        if let Some(vcpu) = unsafe { kvm::Vcpu::of_call(call) } {
+            self.0.leaving_l2(vcpu);
         }
     }
 }

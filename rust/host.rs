@@ -4,22 +4,30 @@
 
 use crate::{
     admin::Admin,
+    adopt::adopt_open_vms,
+    bindings,
     build_id::{
         self,
         Image, //
     },
     engine::Facts,
     hooks::Hooks,
-    kernel_ext::module_notifier::ModuleEvents,
+    kernel_ext::{
+        file::OwnedFile,
+        function,
+        module_notifier::ModuleEvents, //
+    },
     kvm::DevKvm,
     vendor::{
         Vendor,
         VENDORS, //
     },
 };
+use core::sync::atomic::Ordering;
 use kernel::{
-    new_mutex,
+    bindings as kernel_bindings, new_mutex,
     prelude::*,
+    str::CString,
     sync::{
         Arc,
         Mutex, //
@@ -36,9 +44,11 @@ pub(crate) struct Host {
     attached: Mutex<Option<Attached>>,
 }
 
+/// Field order is drop order.
 struct Attached {
     vendor: &'static dyn Vendor,
     _hooks: Hooks,
+    _closed: Closed,
 }
 
 impl Host {
@@ -91,8 +101,8 @@ impl Host {
             (Some(vendor), _) => {
                 pr_err!(
                     "{} or {} was not called when a VM was made and removed\n",
-                    vendor.vcpu_create(),
-                    vendor.vm_destroy()
+                    vendor.functions().vcpu_create,
+                    vendor.functions().vm_destroy
                 );
                 Err(ENOEXEC)
             }
@@ -114,8 +124,10 @@ impl Host {
         }
         let engine = self.admin.engine();
         let supported = vendor.supported(kvm.accepted_exits()?);
+        let closed = Closed::find(vendor)?;
+        read_parameters(vendor)?;
         let hooks = Hooks::register(vendor, &self.admin)?;
-        let floor =
+        let looked =
             engine
                 .probe
                 .run(|| kvm.make_throw_away_vm())
@@ -130,7 +142,7 @@ impl Host {
                         error
                     ),
                 })?;
-        let Some(floor) = floor else {
+        let Some((floor, identity)) = looked else {
             return Ok(false);
         };
         engine.set_facts(Some(Facts {
@@ -141,7 +153,12 @@ impl Host {
         *attached = Some(Attached {
             vendor,
             _hooks: hooks,
+            _closed: closed,
         });
+        // From here on, no VM can be new and unseen.
+        if adopt_open_vms(engine, &identity) != 0 {
+            Admin::wake(&self.admin);
+        }
         pr_info!(
             "{}: supported {}, floor {}\n",
             vendor.name(),
@@ -160,6 +177,7 @@ impl Host {
         };
         if let Some(detached) = detached {
             self.admin.engine().set_facts(None);
+            self.admin.stop_watching_l2();
             // Waits for handlers that run.
             drop(detached);
             // A vendor module goes after its VMs. Those that are left are left by mistake.
@@ -167,6 +185,61 @@ impl Host {
             Admin::wake(&self.admin);
         }
     }
+}
+
+/// KVM's functions that we call, for as long as this exists.
+struct Closed(());
+
+impl Closed {
+    /// Finds them. Says which one it was if one cannot be found.
+    fn find(vendor: &dyn Vendor) -> Result<Self> {
+        let find = |symbol| {
+            function::find(symbol).inspect_err(|_| {
+                pr_err!(
+                    "cannot find {}; this kernel is not one that the module was made for\n",
+                    symbol
+                );
+            })
+        };
+        let functions = vendor.functions();
+        let set_intercept_for_msr = find(functions.set_intercept_for_msr)?;
+        let switch_to_sw_timer = functions.switch_to_sw_timer.map(find).transpose()?;
+        // SAFETY: The build id is that of the KVM that we were made for, where these functions have
+        // the types that the shim has; they are called by hooks only, which end before them.
+        unsafe {
+            bindings::exitpolicy_use_set_intercept_for_msr(set_intercept_for_msr.get());
+            bindings::exitpolicy_use_switch_to_sw_timer(
+                switch_to_sw_timer.map_or(0, |function| function.get()),
+            );
+        }
+        Ok(Self(()))
+    }
+}
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        // SAFETY: Without a function, a call does nothing.
+        unsafe {
+            bindings::exitpolicy_use_set_intercept_for_msr(0);
+            bindings::exitpolicy_use_switch_to_sw_timer(0);
+        }
+    }
+}
+
+/// Reads the parameters of a vendor module that is loaded. They cannot be changed (0444).
+fn read_parameters(vendor: &dyn Vendor) -> Result {
+    for (name, value) in vendor.parameters() {
+        let path =
+            CString::try_from_fmt(fmt!("/sys/module/{}/parameters/{}", vendor.module(), *name))?;
+        let mut buffer = [0; 16];
+        let number = OwnedFile::open(&path, kernel_bindings::O_RDONLY)
+            .and_then(|file| file.read(&mut buffer))
+            .and_then(|text| core::str::from_utf8(text).map_err(|_| EINVAL))
+            .and_then(|text| text.trim().parse().map_err(|_| EINVAL))
+            .inspect_err(|error| pr_err!("cannot read {}: {:?}\n", &*path, *error))?;
+        value.store(number, Ordering::Relaxed);
+    }
+    Ok(())
 }
 
 #[pinned_drop]

@@ -6,6 +6,7 @@ use crate::{
     bindings,
     kernel_ext::{
         file::{
+            FileOperations,
             OwnedFd,
             OwnedFile, //
         },
@@ -45,18 +46,43 @@ pub(crate) struct Vm<'a> {
 }
 
 impl<'a> Vm<'a> {
-    /// The VM of the vCPU that is being created.
+    /// The VM with this key.
     ///
     /// # Safety
     ///
-    /// `call` must be one of a `kvm_x86_ops.vcpu_create`, whose argument is a `struct kvm_vcpu`.
-    pub(crate) unsafe fn of_created_vcpu(call: &'a Call<'_>) -> Option<Self> {
-        let vcpu = call.argument(0) as *const bindings::kvm_vcpu;
-        // SAFETY: By the safety requirements; kvm_vm_ioctl_create_vcpu() has set `kvm`, which
-        // stays the same. INVARIANT: The VM's file, which the caller has open, holds the VM until
-        // the call returns.
-        let ptr = NonNull::new(unsafe { (*vcpu).kvm })?;
-        Some(Self {
+    /// Its `vm_destroy` must not return for `'a`.
+    pub(crate) unsafe fn from_key(key: usize) -> Option<Self> {
+        // INVARIANT: KVM frees a VM after its vm_destroy (virt/kvm/kvm_main.c: kvm_destroy_vm()).
+        NonNull::new(key as *mut bindings::kvm).map(|ptr| Self {
+            ptr,
+            _lifetime: PhantomData,
+        })
+    }
+
+    /// The VM that a file of KVM's belongs to, if it is one of a VM or a vCPU.
+    ///
+    /// # Safety
+    ///
+    /// `file` must be an open file, that stays open for `'a`.
+    pub(crate) unsafe fn of_file(file: *const bindings::file, identity: &Identity) -> Option<Self> {
+        // SAFETY: By the safety requirements.
+        let (operations, data) = unsafe {
+            (
+                bindings::exitpolicy_file_operations(file),
+                bindings::exitpolicy_file_data(file),
+            )
+        };
+        let ptr = if operations == identity.vm.0 {
+            data.cast::<bindings::kvm>()
+        } else if operations == identity.vcpu.0 {
+            // SAFETY: Only KVM's files have its operations, and a vCPU's has the vCPU, which lives
+            // as long as the VM, of which the file has a reference.
+            unsafe { (*data.cast::<bindings::kvm_vcpu>()).kvm }
+        } else {
+            return None;
+        };
+        // INVARIANT: The file has a reference on the VM.
+        NonNull::new(ptr).map(|ptr| Self {
             ptr,
             _lifetime: PhantomData,
         })
@@ -85,12 +111,12 @@ impl<'a> Vm<'a> {
         unsafe { ptr::read_volatile(&raw const (*self.ptr.as_ptr()).arch.disabled_exits) }
     }
 
-    /// Makes KVM intercept what is not in `bits`, for vCPUs that are initialised from now on.
+    /// Changes the flags.
     ///
     /// # Safety
     ///
-    /// The caller must hold `kvm->lock`, which all other writers hold too, and no vCPU may be
-    /// online.
+    /// No other may write them meanwhile. KVM does until a vCPU is online, and under `kvm->lock`
+    /// (x86.c: kvm_vm_ioctl_enable_cap()).
     pub(crate) unsafe fn set_disabled_exits(self, bits: u64) {
         // SAFETY: Alive, by the invariant. Readers without the lock, in KVM, read one word.
         unsafe { ptr::write_volatile(&raw mut (*self.ptr.as_ptr()).arch.disabled_exits, bits) }
@@ -112,6 +138,169 @@ impl<'a> Vm<'a> {
     pub(crate) fn created_vcpus(self) -> c_int {
         // SAFETY: Alive, by the invariant.
         unsafe { ptr::read_volatile(&raw const (*self.ptr.as_ptr()).created_vcpus) }
+    }
+
+    /// Whether the guest's registers are out of KVM's reach: SEV-ES and SEV-SNP, and TDX. Set
+    /// before the first vCPU is created (svm/sev.c: __sev_guest_init()).
+    pub(crate) fn has_protected_state(self) -> bool {
+        // SAFETY: Alive, by the invariant.
+        let field = unsafe { &raw const (*self.ptr.as_ptr()).arch.has_protected_state };
+        // SAFETY: As above; a byte, since Rust's `bool` must be 0 or 1.
+        unsafe { ptr::read_volatile(field.cast::<u8>()) != 0 }
+    }
+
+    /// Whether it is a TDX VM, whose vCPUs are no VMX vCPUs. Set by vm_init for good.
+    pub(crate) fn is_tdx(self) -> bool {
+        // SAFETY: Alive, by the invariant.
+        let vm_type = unsafe { ptr::read_volatile(&raw const (*self.ptr.as_ptr()).arch.vm_type) };
+        u32::from(vm_type) == bindings::KVM_X86_TDX_VM
+    }
+
+    /// The online vCPU with this index, for as long as none of the VM's vCPUs is freed.
+    ///
+    /// # Safety
+    ///
+    /// No `vcpu_free` of a vCPU of this VM that was online may return for `'b`.
+    pub(crate) unsafe fn vcpu<'b>(self, index: u32) -> Option<Vcpu<'b>>
+    where
+        'a: 'b,
+    {
+        // SAFETY: Alive, by the invariant; kvm_get_vcpu() looks at online vCPUs only.
+        let vcpu = unsafe { bindings::exitpolicy_vcpu(self.ptr.as_ptr(), index) };
+        // INVARIANT: It is freed after its vcpu_free (x86.c: kvm_arch_vcpu_destroy()).
+        NonNull::new(vcpu).map(|ptr| Vcpu {
+            ptr,
+            _lifetime: PhantomData,
+        })
+    }
+}
+
+/// A `struct kvm_vcpu`, like [`Vm`].
+///
+/// # Invariants
+///
+/// `ptr` points to a live `struct kvm_vcpu` of a live VM for `'a`.
+#[derive(Clone, Copy)]
+pub(crate) struct Vcpu<'a> {
+    ptr: NonNull<bindings::kvm_vcpu>,
+    _lifetime: PhantomData<&'a ()>,
+}
+
+impl<'a> Vcpu<'a> {
+    /// The vCPU that a probed function has as its first argument.
+    ///
+    /// # Safety
+    ///
+    /// `call` must be one of a function of KVM's whose first argument is a `struct kvm_vcpu` with
+    /// its `kvm` set.
+    pub(crate) unsafe fn of_call(call: &'a Call<'_>) -> Option<Self> {
+        let ptr = NonNull::new(call.argument(0) as *mut bindings::kvm_vcpu)?;
+        // INVARIANT: KVM calls with a vCPU that does not go before the call returns, nor does its
+        // VM, which the file behind the ioctl, or the one that destroys it, holds.
+        Some(Self {
+            ptr,
+            _lifetime: PhantomData,
+        })
+    }
+
+    /// The vCPU as private structures of the vendor's have it as their first member.
+    pub(crate) fn as_ptr(self) -> *mut bindings::kvm_vcpu {
+        self.ptr.as_ptr()
+    }
+
+    /// Its VM. Set before anybody can see the vCPU, for good.
+    pub(crate) fn vm(self) -> Option<Vm<'a>> {
+        // SAFETY: Alive, by the invariant. INVARIANT: So is its VM.
+        let ptr = NonNull::new(unsafe { (*self.as_ptr()).kvm })?;
+        Some(Vm {
+            ptr,
+            _lifetime: PhantomData,
+        })
+    }
+
+    /// What KVM_CREATE_VCPU was called with. Never changes.
+    pub(crate) fn id(self) -> u32 {
+        // SAFETY: Alive, by the invariant.
+        unsafe { (*self.as_ptr()).vcpu_id as u32 }
+    }
+
+    /// Its place among the VM's vCPUs, unless it is being created or its creation has failed.
+    pub(crate) fn index(self) -> Option<u32> {
+        // SAFETY: Alive, by the invariant. Written before it is online, and when it fails to be.
+        unsafe { ptr::read_volatile(&raw const (*self.as_ptr()).vcpu_idx) }
+            .try_into()
+            .ok()
+    }
+
+    /// Whether it may be executing guest code. If not, it will look at its requests before it does.
+    ///
+    /// Ordered after [`Vcpu::ask`], as virt/kvm/vcpu-requests describes.
+    pub(crate) fn in_guest(self) -> bool {
+        // SAFETY: Alive, by the invariant.
+        unsafe { bindings::exitpolicy_vcpu_in_guest(self.as_ptr()) }
+    }
+
+    /// Asks it to call `recalc_intercepts` before it executes guest code again, and makes it leave
+    /// the guest for that. Does not wait.
+    pub(crate) fn ask(self) {
+        // SAFETY: Alive, by the invariant.
+        unsafe { bindings::exitpolicy_vcpu_ask(self.as_ptr()) }
+    }
+
+    /// Whether it was asked and has not looked yet.
+    pub(crate) fn is_asked(self) -> bool {
+        // SAFETY: Alive, by the invariant.
+        unsafe { bindings::exitpolicy_vcpu_is_asked(self.as_ptr()) }
+    }
+
+    /// Whether it runs a guest of its guest. Changes in its own thread.
+    pub(crate) fn in_l2(self) -> bool {
+        // SAFETY: Alive, by the invariant.
+        unsafe { bindings::exitpolicy_vcpu_in_l2(self.as_ptr()) }
+    }
+
+    /// Whether its guest was told, by the CPUID that KVM keeps, of paravirtual unhalting.
+    pub(crate) fn has_pv_unhalt(self) -> bool {
+        // SAFETY: Alive, by the invariant; written by KVM_SET_CPUID, a word.
+        let features =
+            unsafe { ptr::read_volatile(&raw const (*self.as_ptr()).arch.pv_cpuid.features) };
+        features & 1 << bindings::KVM_FEATURE_PV_UNHALT != 0
+    }
+
+    /// Whether KVM keeps its local APIC.
+    pub(crate) fn has_lapic(self) -> bool {
+        // SAFETY: Alive, by the invariant; set when it is created, for good.
+        !unsafe { (*self.as_ptr()).arch.apic }.is_null()
+    }
+
+    /// Whether it has run.
+    pub(crate) fn has_run(self) -> bool {
+        // SAFETY: Alive, by the invariant; -1 until it has.
+        unsafe { ptr::read_volatile(&raw const (*self.as_ptr()).arch.last_vmentry_cpu) != -1 }
+    }
+}
+
+/// A vCPU that is on its way into the guest, in its own thread, on this CPU: its controls can be
+/// written.
+#[derive(Clone, Copy)]
+pub(crate) struct LoadedVcpu<'a>(Vcpu<'a>);
+
+impl<'a> LoadedVcpu<'a> {
+    /// The vCPU that recalculates its intercepts.
+    ///
+    /// # Safety
+    ///
+    /// `call` must be one of a `kvm_x86_ops.recalc_intercepts`. KVM calls that for a vCPU that is
+    /// loaded only (x86.c: vcpu_enter_guest()), and a probe's handler runs with preemption
+    /// disabled, so that it stays where it is.
+    pub(crate) unsafe fn of_call(call: &'a Call<'_>) -> Option<Self> {
+        // SAFETY: By the safety requirements.
+        unsafe { Vcpu::of_call(call) }.map(Self)
+    }
+
+    /// The vCPU itself.
+    pub(crate) fn vcpu(self) -> Vcpu<'a> {
+        self.0
     }
 }
 
@@ -139,9 +328,114 @@ pub(crate) fn check_layouts() -> Result {
             c.kvm_disabled_exits,
         ),
         (
+            "kvm.arch.has_protected_state",
+            offset_of!(bindings::kvm, arch.has_protected_state),
+            c.kvm_has_protected_state,
+        ),
+        (
+            "kvm.arch.vm_type",
+            offset_of!(bindings::kvm, arch.vm_type),
+            c.kvm_vm_type,
+        ),
+        (
             "kvm_vcpu.kvm",
             offset_of!(bindings::kvm_vcpu, kvm),
             c.kvm_vcpu_kvm,
+        ),
+        (
+            "kvm_vcpu.vcpu_id",
+            offset_of!(bindings::kvm_vcpu, vcpu_id),
+            c.kvm_vcpu_id,
+        ),
+        (
+            "kvm_vcpu.vcpu_idx",
+            offset_of!(bindings::kvm_vcpu, vcpu_idx),
+            c.kvm_vcpu_idx,
+        ),
+        (
+            "kvm_vcpu.arch.apic",
+            offset_of!(bindings::kvm_vcpu, arch.apic),
+            c.kvm_vcpu_apic,
+        ),
+        (
+            "kvm_vcpu.arch.cpuid_entries",
+            offset_of!(bindings::kvm_vcpu, arch.cpuid_entries),
+            c.kvm_vcpu_cpuid_entries,
+        ),
+        (
+            "kvm_vcpu.arch.cpuid_nent",
+            offset_of!(bindings::kvm_vcpu, arch.cpuid_nent),
+            c.kvm_vcpu_cpuid_nent,
+        ),
+        (
+            "kvm_vcpu.arch.pv_cpuid.features",
+            offset_of!(bindings::kvm_vcpu, arch.pv_cpuid.features),
+            c.kvm_vcpu_pv_cpuid,
+        ),
+        (
+            "kvm_vcpu.arch.last_vmentry_cpu",
+            offset_of!(bindings::kvm_vcpu, arch.last_vmentry_cpu),
+            c.kvm_vcpu_last_vmentry_cpu,
+        ),
+        (
+            "vcpu_svm.vcpu",
+            offset_of!(bindings::vcpu_svm, vcpu),
+            c.vcpu_svm_vcpu,
+        ),
+        (
+            "vcpu_svm.vmcb01.ptr",
+            offset_of!(bindings::vcpu_svm, vmcb01.ptr),
+            c.vcpu_svm_vmcb01,
+        ),
+        (
+            "vmcb.control.intercepts",
+            offset_of!(bindings::vmcb, control.intercepts),
+            c.vmcb_intercepts,
+        ),
+        (
+            "vmcb.control.pause_filter_thresh",
+            offset_of!(bindings::vmcb, control.pause_filter_thresh),
+            c.vmcb_pause_filter_thresh,
+        ),
+        (
+            "vmcb.control.pause_filter_count",
+            offset_of!(bindings::vmcb, control.pause_filter_count),
+            c.vmcb_pause_filter_count,
+        ),
+        (
+            "vcpu_vmx.vcpu",
+            offset_of!(bindings::vcpu_vmx, vcpu),
+            c.vcpu_vmx_vcpu,
+        ),
+        (
+            "vcpu_vmx.vmcs01",
+            offset_of!(bindings::vcpu_vmx, vmcs01),
+            c.vcpu_vmx_vmcs01,
+        ),
+        (
+            "vcpu_vmx.loaded_vmcs",
+            offset_of!(bindings::vcpu_vmx, loaded_vmcs),
+            c.vcpu_vmx_loaded_vmcs,
+        ),
+        (
+            "vcpu_vmx.ple_window",
+            offset_of!(bindings::vcpu_vmx, ple_window),
+            c.vcpu_vmx_ple_window,
+        ),
+        (
+            "vcpu_vmx.ple_window_dirty",
+            offset_of!(bindings::vcpu_vmx, ple_window_dirty),
+            c.vcpu_vmx_ple_window_dirty,
+        ),
+        (
+            "loaded_vmcs.controls_shadow.exec",
+            offset_of!(bindings::loaded_vmcs, controls_shadow.exec),
+            c.loaded_vmcs_exec,
+        ),
+        (
+            "loaded_vmcs.controls_shadow.secondary_exec",
+            offset_of!(bindings::loaded_vmcs, controls_shadow.secondary_exec),
+            c.loaded_vmcs_secondary_exec,
         ),
         (
             "sizeof(struct fprobe)",
@@ -187,16 +481,27 @@ impl DevKvm {
             .map(|bits| Exits::from_bits_truncate(bits as u64))
     }
 
-    /// Makes a VM with one vCPU and removes them again, for hooks to look at. Needs a task with an
-    /// address space and a table of file descriptors.
-    pub(crate) fn make_throw_away_vm(&self) -> Result {
+    /// Makes a VM with one vCPU and removes them again, for hooks to look at. Returns what their
+    /// files are known by. Needs a task with an address space and a table of file descriptors.
+    pub(crate) fn make_throw_away_vm(&self) -> Result<Identity> {
         let vm_fd = OwnedFd::from_ioctl(self.0.ioctl(bindings::CONST_KVM_CREATE_VM, 0)?);
         let vm = vm_fd.file()?;
         let vcpu_fd = OwnedFd::from_ioctl(vm.ioctl(bindings::CONST_KVM_CREATE_VCPU, 0)?);
+        let identity = Identity {
+            vm: vm.operations(),
+            vcpu: vcpu_fd.file()?.operations(),
+        };
         // The vCPU holds the VM, and the last reference to each is to be put now, not on the way
         // back to user space.
         drop(vm);
         vcpu_fd.close_now()?;
-        vm_fd.close_now()
+        vm_fd.close_now()?;
+        Ok(identity)
     }
+}
+
+/// What KVM's files are known by.
+pub(crate) struct Identity {
+    vm: FileOperations,
+    vcpu: FileOperations,
 }

@@ -41,21 +41,23 @@ impl Probe {
     }
 
     /// Watches the VM that `make` makes and removes in this task, and returns the exits that KVM
-    /// disabled in it, or nothing if a hook did not fire. One call at a time.
+    /// disabled in it, and what `make` returned, or nothing if a hook did not fire. One call at a
+    /// time.
     ///
     /// Fails with [`EUCLEAN`] if the VM did not look like one, or has flags that we do not know.
-    pub(crate) fn run(&self, make: impl FnOnce() -> Result) -> Result<Option<Exits>> {
+    pub(crate) fn run<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<Option<(Exits, T)>> {
         self.vm.store(0, Relaxed);
         // Ordered by being the same task that the hooks run in.
         self.task.store(Task::current_raw().addr(), Relaxed);
         let made = make();
         self.task.store(0, Relaxed);
-        made?;
+        let made = made?;
         if self.vm.xchg(0, Full) != Self::DESTROYED {
             return Ok(None);
         }
         let flags = self.flags.load(Relaxed);
-        Exits::from_bits(flags).ok_or(EUCLEAN).map(Some)
+        let floor = Exits::from_bits(flags).ok_or(EUCLEAN)?;
+        Ok(Some((floor, made)))
     }
 
     /// Whether this VM, a vCPU of which is being created, is the one; then takes a look at it.

@@ -1,15 +1,35 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The VMs that were decided on.
+//! The VMs that are known, and what is known of them.
 
 use crate::{
-    kernel_ext::raw_spinlock::{
-        new_raw_spinlock,
-        RawSpinLock, //
+    bindings,
+    kernel_ext::{
+        module_ref::ModuleRef,
+        process::Process,
+        raw_spinlock::{
+            new_raw_spinlock,
+            RawSpinLock, //
+        },
     },
-    policy::Exits, //
+    kvm,
+    policy::{
+        live::{
+            self,
+            Change,
+            Limits, //
+        },
+        Decision,
+        Exits,
+        Resolved, //
+    },
+    vendor::{
+        Refusal,
+        Vendor, //
+    },
 };
 use kernel::{
+    module::this_module,
     prelude::*,
     rbtree::{
         RBTree,
@@ -18,41 +38,302 @@ use kernel::{
     },
 };
 
-/// What is known of a VM.
-#[derive(Clone, Copy)]
-pub(crate) struct Record {
+/// A VM.
+pub(crate) struct Vm {
     /// Counts up from 1.
     pub(crate) id: u64,
-    /// The VMM's thread group, in the initial pid namespace.
+    key: usize,
+    /// The VMM.
+    pub(crate) process: Process,
+    /// Its number in the initial pid namespace.
     pub(crate) pid: u32,
     /// The VMM's address space, as an identity only.
     pub(crate) mm: usize,
-    /// The VMM's domain cgroup at the decision.
+    /// The VMM's domain cgroup, when the VM was last decided on.
+    pub(crate) cgroup: u64,
+    pub(crate) floor: Exits,
+    /// What the VMM asked for.
+    pub(crate) requested: Exits,
+    /// What the flags were after the last look at them.
+    pub(crate) flags: Exits,
+    /// Flags that stay, see [`live::flags`].
+    pub(crate) keep: Exits,
+    /// What the policies say, and whether overrides count: not with the master switch off.
+    pub(crate) resolved: Resolved,
+    pub(crate) overridable: bool,
+    /// Stands in for the cgroup's `disable`.
+    pub(crate) disable: Option<Exits>,
+    /// What follows from all that.
+    pub(crate) decision: Decision,
+    pub(crate) limits: Limits,
+    pub(crate) refusal: Refusal,
+    /// By their index in KVM's array. The last one may be being created.
+    pub(crate) vcpus: KVec<Vcpu>,
+    /// Older than this module.
+    pub(crate) adopted: bool,
+    /// The flag of `hlt` was changed after a vCPU may have run.
+    pub(crate) hlt_changed: bool,
+    /// A vCPU of it is being freed: KVM's structures must not be used any more.
+    pub(crate) dying: bool,
+    /// The worker is to decide on it again.
+    pub(crate) stale: bool,
+    /// Flags are to be set for which no vCPU may be looked at.
+    pub(crate) wants_quiet: bool,
+    /// The last command that changed it.
+    pub(crate) stamp: u64,
+    /// How many vCPUs have a directory in sysfs, or are about to.
+    published: usize,
+    /// There while the VM is not as it would be without us.
+    hold: Option<ModuleRef>,
+}
+
+/// A vCPU.
+#[derive(Clone, Copy)]
+pub(crate) struct Vcpu {
+    /// What KVM_CREATE_VCPU was called with.
+    pub(crate) id: u32,
+    /// Stands in for the VM's, or the cgroup's, `disable`.
+    pub(crate) disable: Option<Exits>,
+    /// What it should have.
+    pub(crate) wanted: Exits,
+    /// What its controls let through.
+    pub(crate) in_force: Exits,
+    /// Whether that is certain. The flags may have changed while it was made.
+    pub(crate) sure: bool,
+    /// Whether it was on its way into the guest since it is known.
+    pub(crate) entered: bool,
+    /// It could not be changed for being in L2.
+    pub(crate) in_l2: bool,
+}
+
+/// How far a vCPU is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    InForce,
+    NextEntry,
+    Pending,
+    InL2,
+}
+
+impl Progress {
+    /// EXITPOLICY_VCPU_*.
+    pub(crate) fn id(self) -> u32 {
+        match self {
+            Self::InForce => bindings::EXITPOLICY_VCPU_IN_FORCE,
+            Self::NextEntry => bindings::EXITPOLICY_VCPU_NEXT_ENTRY,
+            Self::Pending => bindings::EXITPOLICY_VCPU_PENDING,
+            Self::InL2 => bindings::EXITPOLICY_VCPU_IN_L2,
+        }
+    }
+
+    /// Whether it may execute guest code as it was before.
+    pub(crate) fn is_awaited(self) -> bool {
+        matches!(self, Self::Pending | Self::InL2)
+    }
+
+    /// What sysfs shows.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::InForce => "in force",
+            Self::NextEntry => "at next entry",
+            Self::Pending => "pending",
+            Self::InL2 => "pending: in L2",
+        }
+    }
+}
+
+/// What is known of a VM when the VM is added.
+pub(crate) struct New {
+    pub(crate) process: Process,
+    pub(crate) mm: usize,
     pub(crate) cgroup: u64,
     pub(crate) floor: Exits,
     pub(crate) requested: Exits,
-    pub(crate) effective: Exits,
-    pub(crate) clamped: Exits,
-    /// One that is being created included.
-    pub(crate) vcpus: u32,
+    pub(crate) flags: Exits,
+    pub(crate) resolved: Resolved,
+    pub(crate) overridable: bool,
+    pub(crate) decision: Decision,
+    pub(crate) adopted: bool,
+    pub(crate) hold: Option<ModuleRef>,
+}
+
+impl Vm {
+    /// What the VM has by itself.
+    pub(crate) fn home(&self) -> Exits {
+        self.floor | self.requested
+    }
+
+    /// What a vCPU can have of what it should.
+    pub(crate) fn target(&self, vcpu: &Vcpu) -> Exits {
+        self.limits.target(vcpu.wanted, vcpu.in_force)
+    }
+
+    /// What a vCPU with this override should have.
+    pub(crate) fn wanted(&self, disable: Option<Exits>, supported: Exits) -> Decision {
+        let disable = if self.overridable {
+            disable.or(self.disable)
+        } else {
+            None
+        };
+        self.resolved
+            .overridden(disable)
+            .decide(self.floor, self.requested, supported)
+    }
+
+    /// Works out what the VM and its vCPUs should have.
+    pub(crate) fn decide(&mut self, supported: Exits) {
+        self.decision = self.wanted(None, supported);
+        for index in 0..self.vcpus.len() {
+            if let Some(disable) = self.vcpus.get(index).map(|vcpu| vcpu.disable) {
+                let wanted = self.wanted(disable, supported).effective;
+                if let Some(vcpu) = self.vcpus.get_mut(index) {
+                    vcpu.wanted = wanted;
+                }
+            }
+        }
+    }
+
+    /// Asks the vendor what cannot be changed.
+    pub(crate) fn look_for_limits(&mut self, kvm: kvm::Vm<'_>, vendor: &dyn Vendor) {
+        self.limits = Limits::NONE;
+        self.refusal = Refusal::None;
+        for index in 0..self.vcpus.len() {
+            // SAFETY: The VM is not dying, or there would be no `kvm` (`Vms::with`).
+            if let Some(vcpu) = unsafe { kvm.vcpu(index as u32) } {
+                let (limits, refusal) = vendor.limits(vcpu);
+                self.limits.fixed = self.limits.fixed | limits.fixed;
+                self.limits.forbidden = self.limits.forbidden | limits.forbidden;
+                if self.refusal == Refusal::None {
+                    self.refusal = refusal;
+                }
+            }
+        }
+    }
+
+    /// Brings the flags in step with the vCPUs. `quiet` is whether no CPU looks at a vCPU now.
+    pub(crate) fn write_flags(&mut self, kvm: kvm::Vm<'_>, vendor: &dyn Vendor, quiet: bool) {
+        // Until one is online, KVM_ENABLE_CAP may be writing them.
+        if kvm.online_vcpus() == 0 {
+            return;
+        }
+        let bits = kvm.disabled_exits();
+        let now = Exits::from_bits_truncate(bits);
+        self.flags = now;
+        let next = live::flags(
+            now,
+            self.keep,
+            self.home(),
+            self.limits.target(self.decision.effective, now),
+            self.vcpus.iter().map(|vcpu| Change {
+                target: self.target(vcpu),
+                in_force: vcpu.in_force,
+            }),
+        );
+        let unquiet = next & !now & vendor.quiet_flags();
+        self.wants_quiet = !quiet && !unquiet.is_empty();
+        let next = if quiet { next } else { next & !unquiet };
+        if next == now {
+            return;
+        }
+        // SAFETY: A vCPU is online, so that KVM writes them no more, and we do so under the lock
+        // that `self` is behind.
+        unsafe { kvm.set_disabled_exits(bits & !Exits::ALL.bits() | next.bits()) };
+        self.flags = next;
+        for vcpu in self.vcpus.iter_mut().filter(|vcpu| !vcpu.entered) {
+            vcpu.sure = false;
+        }
+        if (next & Exits::HLT) != (now & Exits::HLT) {
+            self.hlt_changed = true;
+        }
+    }
+
+    /// Holds the module while the VM is not as it would be without it.
+    pub(crate) fn account(&mut self) {
+        let home = self.home();
+        let differs = self.flags != self.limits.target(home, self.flags)
+            || self
+                .vcpus
+                .iter()
+                .any(|vcpu| vcpu.in_force != self.limits.target(home, vcpu.in_force));
+        if !differs {
+            self.hold = None;
+        } else if self.hold.is_none() {
+            // None is to be had only while the module goes, when nobody gives orders any more.
+            self.hold = hold_module();
+        }
+    }
+
+    /// Whether the VM holds the module.
+    pub(crate) fn is_held(&self) -> bool {
+        self.hold.is_some()
+    }
+
+    /// How far a vCPU is. `kvm` is there unless the VM is dying.
+    pub(crate) fn progress(&self, kvm: Option<kvm::Vm<'_>>, index: usize) -> Progress {
+        let Some(vcpu) = self.vcpus.get(index) else {
+            return Progress::InForce;
+        };
+        if vcpu.in_force == self.target(vcpu) {
+            return Progress::InForce;
+        }
+        // SAFETY: There is a `kvm` only if the VM is not dying.
+        match kvm.and_then(|kvm| unsafe { kvm.vcpu(index as u32) }) {
+            Some(now) if vcpu.in_l2 && now.in_l2() => Progress::InL2,
+            Some(now) if now.in_guest() => Progress::Pending,
+            _ => Progress::NextEntry,
+        }
+    }
+
+    /// Where a vCPU that should have `wanted`, and has `in_force`, may stay different from it.
+    pub(crate) fn refused_of(&self, wanted: Exits, in_force: Exits) -> Exits {
+        let target = self.limits.target(wanted, in_force);
+        (wanted & !target) | (target & !wanted)
+    }
+
+    /// What the VM is refused, or keeps in spite of what it should have.
+    pub(crate) fn refused(&self) -> Exits {
+        self.vcpus.iter().fold(
+            self.refused_of(self.decision.effective, self.flags),
+            |refused, vcpu| refused | self.refused_of(vcpu.wanted, vcpu.in_force),
+        )
+    }
+
+    /// Why, if anything is refused.
+    pub(crate) fn shown_refusal(&self) -> Refusal {
+        if self.refused().is_empty() {
+            Refusal::None
+        } else {
+            self.refusal
+        }
+    }
+}
+
+/// Holds this module. Fails while it is being unloaded.
+pub(crate) fn hold_module() -> Option<ModuleRef> {
+    ModuleRef::get(this_module::<crate::ExitPolicy>())
 }
 
 struct Tables {
     last_id: u64,
-    by_id: RBTree<u64, Record>,
+    by_id: RBTree<u64, Vm>,
     /// The `struct kvm`'s address -> id.
     by_key: RBTree<usize, u64>,
+    /// (VMM, id), for those that look for the VMs of a process.
+    by_pid: RBTree<(u32, u64), ()>,
     count: u64,
     /// Up to which id there may be a directory in sysfs.
     published: u64,
+    /// The lowest id with a vCPU that has no directory yet.
+    unpublished_vcpu: u64,
     /// Ids up to `published` whose VM is gone and whose directory may still be there.
-    gone: RBTree<u64, Record>,
+    gone: RBTree<u64, Vm>,
 }
 
-/// The VMs that were decided on and still exist.
+/// The VMs that exist.
 ///
-/// An entry does not hold its VM, and nothing is read through it: what is known is what the hooks
-/// saw. It is removed when the VM is destroyed, under the lock.
+/// An entry does not hold its VM. Hooks on the entry of `vcpu_free` and `vm_destroy` mark it and
+/// remove it, under the lock: so, with the lock held, a VM that has an entry exists, and one whose
+/// entry is not marked has all its online vCPUs.
 #[pin_data]
 pub(crate) struct Vms {
     #[pin]
@@ -67,8 +348,10 @@ impl Vms {
                     last_id: 0,
                     by_id: RBTree::new(),
                     by_key: RBTree::new(),
+                    by_pid: RBTree::new(),
                     count: 0,
                     published: 0,
+                    unpublished_vcpu: u64::MAX,
                     gone: RBTree::new(),
                 },
                 "exitpolicy_vms"
@@ -76,34 +359,136 @@ impl Vms {
         })
     }
 
-    /// The record of the VM with this key. Atomic context.
-    pub(crate) fn by_key(&self, key: usize) -> Option<Record> {
-        let tables = self.tables.lock();
-        let id = tables.by_key.get(&key)?;
-        tables.by_id.get(id).copied()
+    /// Works on a VM, with KVM's structure unless that must not be used any more. Any context but
+    /// NMI and interrupts; `work` must not sleep, nor allocate or free memory.
+    pub(crate) fn with<R>(
+        &self,
+        id: u64,
+        work: impl FnOnce(&mut Vm, Option<kvm::Vm<'_>>) -> R,
+    ) -> Option<R> {
+        let mut tables = self.tables.lock();
+        let vm = tables.by_id.get_mut(&id)?;
+        let kvm = if vm.dying {
+            None
+        } else {
+            // SAFETY: The hook on vm_destroy removes the entry before the function begins, under
+            // the lock, which is held until `work` returns.
+            unsafe { kvm::Vm::from_key(vm.key) }
+        };
+        Some(work(vm, kvm))
     }
 
-    /// Replaces the record with the same id. Atomic context.
-    pub(crate) fn replace(&self, record: Record) {
-        if let Some(known) = self.tables.lock().by_id.get_mut(&record.id) {
-            *known = record;
+    /// As [`Vms::with`], of the VM with this key.
+    pub(crate) fn with_key<R>(
+        &self,
+        key: usize,
+        work: impl FnOnce(&mut Vm, Option<kvm::Vm<'_>>) -> R,
+    ) -> Option<R> {
+        let id = self.id_of(key)?;
+        self.with(id, work)
+    }
+
+    /// The id of the VM with this key.
+    pub(crate) fn id_of(&self, key: usize) -> Option<u64> {
+        self.tables.lock().by_key.get(&key).copied()
+    }
+
+    /// Adds a VM without vCPUs, unless it is known, and returns its id. Fails with [`ENOMEM`].
+    /// Atomic context.
+    pub(crate) fn add(&self, key: usize, new: New) -> Result<u64> {
+        let by_id = RBTreeNodeReservation::new(GFP_ATOMIC)?;
+        let by_key = RBTreeNodeReservation::new(GFP_ATOMIC)?;
+        let by_pid = RBTreeNodeReservation::new(GFP_ATOMIC)?;
+        let pid = new.process.number();
+        let mut tables = self.tables.lock();
+        if let Some(id) = tables.by_key.get(&key).copied() {
+            // Somebody else was faster. What is left over is freed after the lock, which is raw.
+            drop(tables);
+            return Ok(id);
+        }
+        tables.last_id += 1;
+        let id = tables.last_id;
+        let vm = Vm {
+            id,
+            key,
+            process: new.process,
+            pid,
+            mm: new.mm,
+            cgroup: new.cgroup,
+            floor: new.floor,
+            requested: new.requested,
+            flags: new.flags,
+            keep: (new.floor | new.requested) & new.flags,
+            resolved: new.resolved,
+            overridable: new.overridable,
+            disable: None,
+            decision: new.decision,
+            limits: Limits::NONE,
+            refusal: Refusal::None,
+            vcpus: KVec::new(),
+            adopted: new.adopted,
+            hlt_changed: false,
+            dying: false,
+            stale: false,
+            wants_quiet: false,
+            stamp: 0,
+            published: 0,
+            hold: new.hold,
+        };
+        tables.by_id.insert(by_id.into_node(id, vm));
+        tables.by_key.insert(by_key.into_node(key, id));
+        tables.by_pid.insert(by_pid.into_node((pid, id), ()));
+        tables.count += 1;
+        Ok(id)
+    }
+
+    /// Adds a vCPU with this index. If there is one, its creation has failed if `replace`, and it
+    /// goes; or this one is known. Fails with [`ENOMEM`]. Atomic context.
+    pub(crate) fn add_vcpu(&self, id: u64, index: usize, vcpu: Vcpu, replace: bool) -> Result {
+        let mut spare = KVec::new();
+        loop {
+            let mut tables = self.tables.lock();
+            let vm = tables.by_id.get_mut(&id).ok_or(ENOENT)?;
+            if vm.vcpus.len() < index {
+                // There was no memory for an earlier one.
+                return Err(ENOMEM);
+            }
+            if replace {
+                vm.vcpus.truncate(index);
+                vm.published = vm.published.min(index);
+            } else if vm.vcpus.len() > index {
+                return Ok(());
+            }
+            if vm.vcpus.push_within_capacity(vcpu).is_ok() {
+                tables.unpublished_vcpu = tables.unpublished_vcpu.min(id);
+                drop(tables);
+                // What the VM had before, if anything, is freed here.
+                drop(spare);
+                return Ok(());
+            }
+            if spare.capacity() > index {
+                for vcpu in vm.vcpus.iter() {
+                    let _ = spare.push_within_capacity(*vcpu);
+                }
+                core::mem::swap(&mut spare, &mut vm.vcpus);
+                spare.clear();
+                continue;
+            }
+            drop(tables);
+            spare = KVec::with_capacity((index + 1).next_power_of_two(), GFP_ATOMIC)?;
         }
     }
 
-    /// Adds a VM, gives it an id, and returns its record. Fails with [`ENOMEM`]. Atomic context.
-    pub(crate) fn add(&self, key: usize, record: Record) -> Result<Record> {
-        let by_id = RBTreeNodeReservation::new(GFP_ATOMIC)?;
-        let by_key = RBTreeNodeReservation::new(GFP_ATOMIC)?;
-        let mut tables = self.tables.lock();
-        tables.last_id += 1;
-        let record = Record {
-            id: tables.last_id,
-            ..record
-        };
-        tables.by_id.insert(by_id.into_node(record.id, record));
-        tables.by_key.insert(by_key.into_node(key, record.id));
-        tables.count += 1;
-        Ok(record)
+    /// Takes note that a vCPU is being freed: an online one with its VM, or one whose creation has
+    /// failed. Atomic context.
+    pub(crate) fn vcpu_freed(&self, key: usize, index: Option<u32>, online: u32) {
+        self.with_key(key, |vm, _| {
+            if index.is_some() {
+                vm.dying = true;
+            } else {
+                vm.vcpus.truncate(online as usize);
+            }
+        });
     }
 
     /// Forgets the VM with this key, and returns whether it was known. Atomic context.
@@ -129,16 +514,41 @@ impl Vms {
         self.tables.lock().count
     }
 
-    /// The VM with this id.
-    pub(crate) fn get(&self, id: u64) -> Option<Record> {
-        self.tables.lock().by_id.get(&id).copied()
-    }
-
-    /// The VM with the next higher id.
-    pub(crate) fn next_after(&self, id: u64) -> Option<Record> {
+    /// The next higher id of a VM.
+    pub(crate) fn next_after(&self, id: u64) -> Option<u64> {
         let tables = self.tables.lock();
         let cursor = tables.by_id.cursor_lower_bound(&id.checked_add(1)?)?;
-        Some(*cursor.current().1)
+        Some(*cursor.current().0)
+    }
+
+    /// Calls `work` with the id of each VM, in ascending order. VMs may come and go meanwhile.
+    pub(crate) fn for_each(&self, mut work: impl FnMut(u64)) {
+        let mut last = 0;
+        while let Some(id) = self.next_after(last) {
+            work(id);
+            last = id;
+        }
+    }
+
+    /// Has the VMs of a process decided on again, and returns whether there are any. Any context
+    /// but NMI and interrupts.
+    pub(crate) fn process_moved(&self, pid: u32) -> bool {
+        let mut tables = self.tables.lock();
+        let Tables { by_id, by_pid, .. } = &mut *tables;
+        let mut found = false;
+        let mut from = 0;
+        while let Some(cursor) = by_pid.cursor_lower_bound(&(pid, from)) {
+            let (owner, id) = *cursor.current().0;
+            if owner != pid {
+                break;
+            }
+            if let Some(vm) = by_id.get_mut(&id) {
+                vm.stale = true;
+                found = true;
+            }
+            from = id + 1;
+        }
+        found
     }
 
     /// The next VM that has no directory in sysfs yet. The caller is about to make it one.
@@ -152,6 +562,31 @@ impl Vms {
             .0;
         tables.published = id;
         Some(id)
+    }
+
+    /// The next vCPU that has no directory yet, with its VM's id and its index. The caller is about
+    /// to make it one.
+    pub(crate) fn next_vcpu_to_publish(&self) -> Option<(u64, usize, u32)> {
+        let mut tables = self.tables.lock();
+        loop {
+            let from = tables.unpublished_vcpu;
+            let published = tables.published;
+            let Some(mut cursor) = tables.by_id.cursor_lower_bound_mut(&from) else {
+                tables.unpublished_vcpu = u64::MAX;
+                return None;
+            };
+            let (id, vm) = cursor.current_mut();
+            let id = *id;
+            if id > published {
+                // Its own directory comes first, and with it we are called again.
+                return None;
+            }
+            if let Some(vcpu) = vm.vcpus.get(vm.published) {
+                vm.published += 1;
+                return Some((id, vm.published - 1, vcpu.id));
+            }
+            tables.unpublished_vcpu = id.saturating_add(1);
+        }
     }
 
     /// A VM that is gone while its directory may still be there. The caller is about to remove it.
@@ -170,24 +605,35 @@ impl Tables {
     fn forget(&mut self, key: usize) -> Option<Forgotten> {
         let id = *self.by_key.get(&key)?;
         let key = self.by_key.remove_node(&key);
-        let mut record = self.by_id.remove_node(&id);
-        if record.is_some() {
+        let mut pid = None;
+        let mut hold = None;
+        if let Some(vm) = self.by_id.get_mut(&id) {
+            hold = vm.hold.take();
+            pid = Some(vm.pid);
+        }
+        let pid = pid.and_then(|pid| self.by_pid.remove_node(&(pid, id)));
+        let mut vm = self.by_id.remove_node(&id);
+        if vm.is_some() {
             self.count -= 1;
         }
         if id <= self.published {
-            if let Some(node) = record.take() {
+            if let Some(node) = vm.take() {
                 self.gone.insert(node);
             }
         }
         Some(Forgotten {
             _key: key,
-            _record: record,
+            _pid: pid,
+            _vm: vm,
+            _hold: hold,
         })
     }
 }
 
-/// Nodes that are in no tree any more.
+/// What is in no tree any more.
 struct Forgotten {
     _key: Option<RBTreeNode<usize, u64>>,
-    _record: Option<RBTreeNode<u64, Record>>,
+    _pid: Option<RBTreeNode<(u32, u64), ()>>,
+    _vm: Option<RBTreeNode<u64, Vm>>,
+    _hold: Option<ModuleRef>,
 }

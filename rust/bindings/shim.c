@@ -3,12 +3,26 @@
 #include <linux/fprobe.h>
 
 #include <linux/cgroup.h>
+#include <linux/fdtable.h>
 #include <linux/fs.h>
+#include <linux/kprobes.h>
 #include <linux/kvm_host.h>
 #include <linux/nsproxy.h>
+#include <linux/pid.h>
+#include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 #include <linux/spinlock.h>
+#include <linux/static_call.h>
+#include <linux/stop_machine.h>
 #include <linux/tracepoint.h>
+#include <asm/hypervisor.h>
+#include <asm/smp.h>
+
+/* KVM's private headers: arch/x86/kvm. */
+#include "lapic.h"
+#include "regs.h"
+#include "svm/svm.h"
+#include "vmx/vmx.h"
 
 #include "shim.h"
 
@@ -54,6 +68,21 @@ unsigned long exitpolicy_ftrace_regs_argument(struct ftrace_regs *fregs,
 struct cgroup *exitpolicy_task_cgroup(struct task_struct *task)
 {
 	return task_dfl_cgroup(task);
+}
+
+struct cgroup *exitpolicy_process_cgroup(struct pid *process)
+{
+	struct task_struct *leader = pid_task(process, PIDTYPE_TGID);
+	struct task_struct *task;
+
+	if (!leader)
+		return NULL;
+	/* A thread that has exited stays in the cgroup that it had. */
+	for_each_thread(leader, task) {
+		if (!(READ_ONCE(task->flags) & PF_EXITING))
+			return task_dfl_cgroup(task);
+	}
+	return NULL;
 }
 
 struct cgroup *exitpolicy_cgroup_domain(struct cgroup *cgrp)
@@ -110,13 +139,198 @@ long exitpolicy_file_ioctl(struct file *file, unsigned int cmd,
 	return file->f_op->unlocked_ioctl(file, cmd, arg);
 }
 
+const void *exitpolicy_file_operations(const struct file *file)
+{
+	return file->f_op;
+}
+
+void *exitpolicy_file_data(const struct file *file)
+{
+	return file->private_data;
+}
+
+struct pid *exitpolicy_task_process(struct task_struct *task)
+{
+	struct pid *process;
+
+	rcu_read_lock();
+	process = get_pid(task_tgid(task));
+	rcu_read_unlock();
+	return process;
+}
+
+struct pid *exitpolicy_pid_get(struct pid *pid)
+{
+	return get_pid(pid);
+}
+
+u32 exitpolicy_pid_number(struct pid *pid)
+{
+	return pid_nr(pid);
+}
+
+struct open_file_walk {
+	exitpolicy_file_fn fn;
+	void *data;
+	struct task_struct *task;
+};
+
+static int walk_file(const void *data, struct file *file, unsigned int fd)
+{
+	const struct open_file_walk *walk = data;
+
+	return walk->fn(walk->data, file, walk->task);
+}
+
+void exitpolicy_for_each_open_file(exitpolicy_file_fn fn, void *data)
+{
+	struct open_file_walk walk = { .fn = fn, .data = data };
+	struct task_struct *process, *thread;
+	int stop = 0;
+
+	rcu_read_lock();
+	for_each_process_thread(process, thread) {
+		/* Most threads have their leader's files. */
+		if (thread != process && thread->files == process->files)
+			continue;
+		walk.task = thread;
+		/* Keeps the table of a task that exits. */
+		task_lock(thread);
+		stop = iterate_fd(thread->files, 0, walk_file, &walk);
+		task_unlock(thread);
+		if (stop)
+			break;
+	}
+	rcu_read_unlock();
+}
+
+struct kvm_vcpu *exitpolicy_vcpu(struct kvm *kvm, unsigned int index)
+{
+	return kvm_get_vcpu(kvm, index);
+}
+
+bool exitpolicy_vcpu_in_guest(struct kvm_vcpu *vcpu)
+{
+	int mode = READ_ONCE(vcpu->mode);
+
+	return mode == IN_GUEST_MODE || mode == EXITING_GUEST_MODE;
+}
+
+void exitpolicy_vcpu_ask(struct kvm_vcpu *vcpu)
+{
+	kvm_make_request(KVM_REQ_RECALC_INTERCEPTS, vcpu);
+	/* As kvm_vcpu_kick(), which KVM keeps to itself, without its wake-up. */
+	if (kvm_vcpu_exiting_guest_mode(vcpu) == IN_GUEST_MODE) {
+		int cpu = READ_ONCE(vcpu->cpu);
+
+		if ((unsigned int)cpu < nr_cpu_ids && cpu_online(cpu))
+			arch_smp_send_reschedule(cpu);
+	}
+}
+
+bool exitpolicy_vcpu_is_asked(struct kvm_vcpu *vcpu)
+{
+	return kvm_test_request(KVM_REQ_RECALC_INTERCEPTS, vcpu);
+}
+
+bool exitpolicy_vcpu_in_l2(struct kvm_vcpu *vcpu)
+{
+	return is_guest_mode(vcpu);
+}
+
+unsigned long exitpolicy_find_function(const char *symbol)
+{
+	/* Registered but not armed: nothing is written into the function. */
+	struct kprobe probe = {
+		.symbol_name = symbol,
+		.flags = KPROBE_FLAG_DISABLED,
+	};
+	unsigned long address;
+
+	if (register_kprobe(&probe))
+		return 0;
+	address = (unsigned long)probe.addr;
+	unregister_kprobe(&probe);
+	return address;
+}
+
+static void (*no_set_intercept_for_msr)(struct kvm_vcpu *vcpu, u32 msr, int type,
+					bool set);
+static void (*no_switch_to_sw_timer)(struct kvm_vcpu *vcpu);
+
+DEFINE_STATIC_CALL_NULL(set_intercept_for_msr, *no_set_intercept_for_msr);
+DEFINE_STATIC_CALL_NULL(switch_to_sw_timer, *no_switch_to_sw_timer);
+
+void exitpolicy_use_set_intercept_for_msr(unsigned long function)
+{
+	static_call_update(set_intercept_for_msr,
+			   (typeof(no_set_intercept_for_msr))function);
+}
+
+void exitpolicy_use_switch_to_sw_timer(unsigned long function)
+{
+	static_call_update(switch_to_sw_timer,
+			   (typeof(no_switch_to_sw_timer))function);
+}
+
+void exitpolicy_set_intercept_for_msr(struct kvm_vcpu *vcpu, u32 msr,
+				      bool intercept)
+{
+	static_call_cond(set_intercept_for_msr)(vcpu, msr, MSR_TYPE_R, intercept);
+}
+
+void exitpolicy_switch_to_sw_timer(struct kvm_vcpu *vcpu)
+{
+	static_call_cond(switch_to_sw_timer)(vcpu);
+}
+
+bool exitpolicy_cpu_has_idle_hlt(void)
+{
+	return cpu_feature_enabled(X86_FEATURE_IDLE_HLT);
+}
+
+bool exitpolicy_on_hyperv(void)
+{
+	return hypervisor_is_type(X86_HYPER_MS_HYPERV);
+}
+
+int exitpolicy_stop_machine(int (*fn)(void *data), void *data)
+{
+	return stop_machine(fn, data, NULL);
+}
+
 const struct exitpolicy_layout exitpolicy_layout = {
 	.kvm_size = sizeof(struct kvm),
 	.kvm_mm = offsetof(struct kvm, mm),
 	.kvm_created_vcpus = offsetof(struct kvm, created_vcpus),
 	.kvm_online_vcpus = offsetof(struct kvm, online_vcpus),
 	.kvm_disabled_exits = offsetof(struct kvm, arch.disabled_exits),
+	.kvm_has_protected_state = offsetof(struct kvm, arch.has_protected_state),
+	.kvm_vm_type = offsetof(struct kvm, arch.vm_type),
 	.kvm_vcpu_kvm = offsetof(struct kvm_vcpu, kvm),
+	.kvm_vcpu_id = offsetof(struct kvm_vcpu, vcpu_id),
+	.kvm_vcpu_idx = offsetof(struct kvm_vcpu, vcpu_idx),
+	.kvm_vcpu_apic = offsetof(struct kvm_vcpu, arch.apic),
+	.kvm_vcpu_cpuid_entries = offsetof(struct kvm_vcpu, arch.cpuid_entries),
+	.kvm_vcpu_cpuid_nent = offsetof(struct kvm_vcpu, arch.cpuid_nent),
+	.kvm_vcpu_pv_cpuid = offsetof(struct kvm_vcpu, arch.pv_cpuid.features),
+	.kvm_vcpu_last_vmentry_cpu =
+		offsetof(struct kvm_vcpu, arch.last_vmentry_cpu),
+	.vcpu_svm_vcpu = offsetof(struct vcpu_svm, vcpu),
+	.vcpu_svm_vmcb01 = offsetof(struct vcpu_svm, vmcb01.ptr),
+	.vmcb_intercepts = offsetof(struct vmcb, control.intercepts),
+	.vmcb_pause_filter_thresh =
+		offsetof(struct vmcb, control.pause_filter_thresh),
+	.vmcb_pause_filter_count =
+		offsetof(struct vmcb, control.pause_filter_count),
+	.vcpu_vmx_vcpu = offsetof(struct vcpu_vmx, vcpu),
+	.vcpu_vmx_vmcs01 = offsetof(struct vcpu_vmx, vmcs01),
+	.vcpu_vmx_loaded_vmcs = offsetof(struct vcpu_vmx, loaded_vmcs),
+	.vcpu_vmx_ple_window = offsetof(struct vcpu_vmx, ple_window),
+	.vcpu_vmx_ple_window_dirty = offsetof(struct vcpu_vmx, ple_window_dirty),
+	.loaded_vmcs_exec = offsetof(struct loaded_vmcs, controls_shadow.exec),
+	.loaded_vmcs_secondary_exec =
+		offsetof(struct loaded_vmcs, controls_shadow.secondary_exec),
 	.fprobe_size = sizeof(struct fprobe),
 	.fprobe_entry_handler = offsetof(struct fprobe, entry_handler),
 };

@@ -3,14 +3,19 @@
 //! The ioctls of `/dev/exitpolicy`; the contract is `include/uapi/linux/exitpolicy.h`.
 
 use crate::{
-    admin::Admin,
+    admin::{
+        Admin,
+        How, //
+    },
     bindings as uapi,
     kernel_ext::{
         capability::require_sys_admin,
         cgroup::Cgroup, //
     },
+    kvm,
     policy::Exits,
-    vm::Record, //
+    vendor::Refusal,
+    vm::Vm, //
 };
 use core::mem::{
     size_of,
@@ -25,6 +30,7 @@ use kernel::{
     },
     prelude::*,
     sync::Arc,
+    time::Delta,
     uaccess::{
         UserPtr,
         UserSlice, //
@@ -69,21 +75,55 @@ unsafe trait Argument: Copy + Default {
 }
 
 // SAFETY: Integers only; bindgen's layout tests hold, and the assertions below.
-unsafe impl Argument for uapi::exitpolicy_info {}
+unsafe impl Argument for uapi::exitpolicy_info {
+    const OLDEST_SIZE: usize = 64;
+}
 // SAFETY: As above.
-unsafe impl Argument for uapi::exitpolicy_enabled {}
+unsafe impl Argument for uapi::exitpolicy_enabled {
+    const OLDEST_SIZE: usize = 16;
+}
 // SAFETY: As above.
-unsafe impl Argument for uapi::exitpolicy_policy {}
+unsafe impl Argument for uapi::exitpolicy_policy {
+    const OLDEST_SIZE: usize = 40;
+}
 // SAFETY: As above.
-unsafe impl Argument for uapi::exitpolicy_vm {}
+unsafe impl Argument for uapi::exitpolicy_vm {
+    const OLDEST_SIZE: usize = 64;
+}
+// SAFETY: As above.
+unsafe impl Argument for uapi::exitpolicy_vcpu {}
+// SAFETY: As above.
+unsafe impl Argument for uapi::exitpolicy_override {}
 
 // The sums of the members' sizes: there is no padding.
 const _: () = {
-    assert!(size_of::<uapi::exitpolicy_info>() == 4 * 4 + 6 * 8);
-    assert!(size_of::<uapi::exitpolicy_enabled>() == 4 * 4);
-    assert!(size_of::<uapi::exitpolicy_policy>() == 4 * 4 + 3 * 8);
-    assert!(size_of::<uapi::exitpolicy_vm>() == 2 * 4 + 2 * 8 + 2 * 4 + 4 * 8);
+    assert!(size_of::<uapi::exitpolicy_info>() == 4 * 4 + 8 * 8);
+    assert!(size_of::<uapi::exitpolicy_enabled>() == 6 * 4);
+    assert!(size_of::<uapi::exitpolicy_policy>() == 4 * 4 + 3 * 8 + 2 * 4);
+    assert!(size_of::<uapi::exitpolicy_vm>() == 2 * 4 + 2 * 8 + 2 * 4 + 6 * 8 + 4 * 4);
+    assert!(size_of::<uapi::exitpolicy_vcpu>() == 2 * 4 + 8 + 2 * 4 + 4 * 8 + 2 * 4);
+    assert!(size_of::<uapi::exitpolicy_override>() == 2 * 4 + 8 + 2 * 4 + 8 + 2 * 4);
 };
+
+/// The longest that anybody can be made to wait.
+const LONGEST_WAIT_MS: u32 = 60_000;
+
+/// Takes the flags that say how a change is carried out out of `flags`, and refuses what is left
+/// that is not in `others`.
+fn how(flags: u32, others: u32, timeout_ms: u32) -> Result<How> {
+    let known = uapi::EXITPOLICY_NEW_ONLY | uapi::EXITPOLICY_NO_WAIT | others;
+    if flags & !known != 0 || timeout_ms > LONGEST_WAIT_MS {
+        return Err(EINVAL);
+    }
+    let limit = match timeout_ms {
+        0 => How::DEFAULT_WAIT,
+        limit => Delta::from_millis(limit.into()),
+    };
+    Ok(How {
+        new_only: flags & uapi::EXITPOLICY_NEW_ONLY != 0,
+        wait: (flags & uapi::EXITPOLICY_NO_WAIT == 0).then_some(limit),
+    })
+}
 
 /// An [`Argument`] in user space, with the size that the caller knows.
 struct UserArgument {
@@ -201,6 +241,10 @@ impl MiscDevice for Session {
             }
             uapi::CONST_NEXT_VM => UserArgument::exchange(address, |it| session.next_vm(it)),
             uapi::CONST_GET_VM => UserArgument::exchange(address, |it| session.get_vm(it)),
+            uapi::CONST_SET_VM => UserArgument::exchange(address, |it| session.set_vm(it)),
+            uapi::CONST_RESET_VM => UserArgument::exchange(address, |it| session.reset_vm(it)),
+            uapi::CONST_NEXT_VCPU => UserArgument::exchange(address, |it| session.next_vcpu(it)),
+            uapi::CONST_GET_VCPU => UserArgument::exchange(address, |it| session.get_vcpu(it)),
             _ => Err(ENOTTY),
         }
     }
@@ -219,37 +263,43 @@ impl Session {
         info.clamps = engine.clamps();
         info.policies = engine.store.count();
         info.vms = engine.vms.count();
+        (info.pending, info.holding) = engine.on_their_way();
         Ok(())
     }
 
     fn set_enabled(&self, argument: &mut uapi::exitpolicy_enabled) -> Result {
         require_sys_admin()?;
-        must_be_zero(argument.flags | argument.reserved)?;
+        must_be_zero(argument.reserved)?;
+        let how = how(argument.flags, 0, argument.timeout_ms)?;
         let enabled = match argument.enabled {
             0 => false,
             1 => true,
             _ => return Err(EINVAL),
         };
-        self.admin.engine().set_enabled(enabled);
+        argument.pending = self.admin.set_enabled(enabled, how);
         Ok(())
     }
 
     fn set_policy(&self, argument: &mut uapi::exitpolicy_policy) -> Result {
         require_sys_admin()?;
         must_be_zero(argument.reserved)?;
-        let wanted = argument.flags;
-        let known = uapi::EXITPOLICY_POLICY_DISABLE | uapi::EXITPOLICY_POLICY_ALLOW;
-        if wanted == 0 || wanted & !known != 0 {
+        let sets = uapi::EXITPOLICY_POLICY_DISABLE | uapi::EXITPOLICY_POLICY_ALLOW;
+        let how = how(argument.flags, sets, argument.timeout_ms)?;
+        let wanted = argument.flags & sets;
+        if wanted == 0 {
             return Err(EINVAL);
         }
         // A set that is not asked to be changed must not be nonsense either.
         let (disable, allow) = (exits(argument.disable)?, exits(argument.allow)?);
         let cgroup = Cgroup::from_fd(argument.cgroup_fd)?;
-        let policy = self.admin.set_policy(
+        let (policy, pending) = Admin::set_policy(
+            &self.admin,
             &cgroup,
             (wanted & uapi::EXITPOLICY_POLICY_DISABLE != 0).then_some(disable),
             (wanted & uapi::EXITPOLICY_POLICY_ALLOW != 0).then_some(allow),
+            how,
         )?;
+        argument.pending = pending;
         argument.cgroup_id = cgroup.id();
         argument.disable = policy.disable.bits();
         argument.allow = policy.allow.bits();
@@ -268,9 +318,10 @@ impl Session {
 
     fn clear_policy(&self, argument: &mut uapi::exitpolicy_policy) -> Result {
         require_sys_admin()?;
-        must_be_zero(argument.flags | argument.reserved)?;
+        must_be_zero(argument.reserved)?;
+        let how = how(argument.flags, 0, argument.timeout_ms)?;
         let cgroup = Cgroup::from_fd(argument.cgroup_fd)?;
-        self.admin.clear_policy(cgroup.id())?;
+        argument.pending = self.admin.clear_policy(cgroup.id(), how)?;
         argument.cgroup_id = cgroup.id();
         Ok(())
     }
@@ -301,26 +352,120 @@ impl Session {
 
     fn next_vm(&self, argument: &mut uapi::exitpolicy_vm) -> Result {
         must_be_zero(argument.flags)?;
-        let vm = self.admin.engine().vms.next_after(argument.id);
-        fill(argument, vm.ok_or(ENOENT)?);
-        Ok(())
+        // One that is found may be gone before it is looked at.
+        while let Some(id) = self.admin.engine().vms.next_after(argument.id) {
+            argument.id = id;
+            if self.fill_vm(argument).is_ok() {
+                return Ok(());
+            }
+        }
+        Err(ENOENT)
     }
 
     fn get_vm(&self, argument: &mut uapi::exitpolicy_vm) -> Result {
         must_be_zero(argument.flags)?;
-        let vm = self.admin.engine().vms.get(argument.id);
-        fill(argument, vm.ok_or(ENOENT)?);
+        self.fill_vm(argument)
+    }
+
+    fn fill_vm(&self, argument: &mut uapi::exitpolicy_vm) -> Result {
+        let vms = &self.admin.engine().vms;
+        vms.with(argument.id, |vm, kvm| {
+            argument.cgroup_id = vm.cgroup;
+            argument.pid = vm.pid;
+            argument.vcpus = vm.vcpus.len() as u32;
+            argument.floor = vm.floor.bits();
+            argument.requested = vm.requested.bits();
+            argument.effective = vm.decision.effective.bits();
+            argument.clamped = vm.decision.clamped.bits();
+            argument.disable = vm.disable.unwrap_or_default().bits();
+            argument.has_disable = vm.disable.is_some().into();
+            argument.refused = vm.refused().bits();
+            argument.refusal = vm.shown_refusal().id();
+            argument.pending = vm.pending(kvm) as u32;
+            argument.adopted = vm.adopted.into();
+        })
+        .ok_or(ENOENT)
+    }
+
+    fn set_vm(&self, argument: &mut uapi::exitpolicy_override) -> Result {
+        let disable = exits(argument.disable)?;
+        self.set_override(argument, Some(disable))
+    }
+
+    fn reset_vm(&self, argument: &mut uapi::exitpolicy_override) -> Result {
+        if argument.disable != 0 {
+            return Err(EINVAL);
+        }
+        self.set_override(argument, None)
+    }
+
+    fn set_override(
+        &self,
+        argument: &mut uapi::exitpolicy_override,
+        disable: Option<Exits>,
+    ) -> Result {
+        require_sys_admin()?;
+        must_be_zero(argument.reserved)?;
+        let how = how(
+            argument.flags,
+            uapi::EXITPOLICY_VM_VCPU,
+            argument.timeout_ms,
+        )?;
+        if how.new_only {
+            return Err(EINVAL);
+        }
+        let vcpu = if argument.flags & uapi::EXITPOLICY_VM_VCPU != 0 {
+            Some(argument.vcpu_id)
+        } else {
+            must_be_zero(argument.vcpu_id)?;
+            None
+        };
+        argument.pending = self.admin.set_override(argument.vm, vcpu, disable, how)?;
         Ok(())
     }
-}
 
-fn fill(argument: &mut uapi::exitpolicy_vm, record: Record) {
-    argument.id = record.id;
-    argument.cgroup_id = record.cgroup;
-    argument.pid = record.pid;
-    argument.vcpus = record.vcpus;
-    argument.floor = record.floor.bits();
-    argument.requested = record.requested.bits();
-    argument.effective = record.effective.bits();
-    argument.clamped = record.clamped.bits();
+    fn next_vcpu(&self, argument: &mut uapi::exitpolicy_vcpu) -> Result {
+        must_be_zero(argument.flags)?;
+        let from = argument.vcpu_id;
+        self.fill_vcpu(argument, |vm| {
+            let ids = vm.vcpus.iter().map(|vcpu| vcpu.id);
+            ids.filter(|id| *id >= from).min()
+        })
+    }
+
+    fn get_vcpu(&self, argument: &mut uapi::exitpolicy_vcpu) -> Result {
+        must_be_zero(argument.flags)?;
+        let id = argument.vcpu_id;
+        self.fill_vcpu(argument, |_| Some(id))
+    }
+
+    fn fill_vcpu(
+        &self,
+        argument: &mut uapi::exitpolicy_vcpu,
+        choose: impl FnOnce(&Vm) -> Option<u32>,
+    ) -> Result {
+        let vms = &self.admin.engine().vms;
+        let id = argument.vm;
+        let fill = |vm: &mut Vm, kvm: Option<kvm::Vm<'_>>| {
+            let id = choose(vm)?;
+            let index = vm.vcpus.iter().position(|vcpu| vcpu.id == id)?;
+            let vcpu = vm.vcpus.get(index)?;
+            let refused = vm.refused_of(vcpu.wanted, vcpu.in_force);
+            let refusal = if refused.is_empty() {
+                Refusal::None
+            } else {
+                vm.refusal
+            };
+            argument.vcpu_id = id;
+            argument.state = vm.progress(kvm, index).id();
+            argument.disable = vcpu.disable.unwrap_or_default().bits();
+            argument.has_disable = vcpu.disable.is_some().into();
+            argument.wanted = vcpu.wanted.bits();
+            argument.in_force = vcpu.in_force.bits();
+            argument.refused = refused.bits();
+            argument.refusal = refusal.id();
+            Some(())
+        };
+        vms.with(id, fill).flatten().ok_or(ENOENT)
+    }
 }

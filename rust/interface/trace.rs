@@ -4,19 +4,33 @@
 
 use crate::{
     bindings,
-    vm::Record, //
+    policy::{
+        Decision,
+        Exits, //
+    }, //
 };
 
+/// A decision on a VM.
+pub(crate) struct Decided {
+    /// The VM's id, or 0 if there was no memory to remember it.
+    pub(crate) vm: u64,
+    pub(crate) cgroup: u64,
+    pub(crate) pid: u32,
+    pub(crate) floor: Exits,
+    pub(crate) requested: Exits,
+    pub(crate) decision: Decision,
+}
+
 /// Tells tracers of a decision. Any context.
-pub(crate) fn decision(record: &Record) {
+pub(crate) fn decision(decided: &Decided) {
     let decision = bindings::exitpolicy_decision {
-        vm: record.id,
-        cgroup: record.cgroup,
-        pid: record.pid,
-        floor: record.floor.bits(),
-        requested: record.requested.bits(),
-        effective: record.effective.bits(),
-        clamped: record.clamped.bits(),
+        vm: decided.vm,
+        cgroup: decided.cgroup,
+        pid: decided.pid,
+        floor: decided.floor.bits(),
+        requested: decided.requested.bits(),
+        effective: decided.decision.effective.bits(),
+        clamped: decided.decision.clamped.bits(),
     };
     // SAFETY: Read during the call only.
     unsafe { bindings::exitpolicy_trace_decision(&decision) };

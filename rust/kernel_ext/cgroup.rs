@@ -4,7 +4,10 @@
 //!
 //! C header: [`include/linux/cgroup.h`](srctree/include/linux/cgroup.h).
 
-use super::tracepoint::TracepointProbe;
+use super::{
+    process::Process,
+    tracepoint::TracepointProbe, //
+};
 use crate::bindings as shim;
 use core::{
     ops::Deref,
@@ -114,6 +117,20 @@ impl Cgroup {
         unsafe { &*shim::exitpolicy_task_cgroup(task.as_ptr().cast()).cast() }
     }
 
+    /// The cgroup of a process: that of a thread of it that is alive, if there is one.
+    pub(crate) fn of_process<'rcu>(
+        process: &Process,
+        _rcu: &'rcu rcu::Guard,
+    ) -> Option<&'rcu Self> {
+        // SAFETY: `process` is valid, and we are under RCU; the result is NULL or as in `of_task`.
+        // INVARIANT: Pinned by RCU.
+        unsafe {
+            shim::exitpolicy_process_cgroup(process.as_ptr())
+                .cast::<Self>()
+                .as_ref()
+        }
+    }
+
     /// The domain that it belongs to: itself, or, if it is threaded, the nearest ancestor that is
     /// not. All threads of a process are in cgroups of one domain.
     pub(crate) fn domain(&self) -> &Self {
@@ -176,26 +193,33 @@ pub(crate) fn all_visible() -> bool {
     unsafe { shim::exitpolicy_in_init_cgroup_ns() }
 }
 
-/// To be told of removed cgroups.
-pub(crate) trait RemovalHandler: Send + Sync + Sized + 'static {
+/// To be told of what happens to cgroups.
+pub(crate) trait CgroupEvents: Send + Sync + Sized + 'static {
     /// A cgroup of some hierarchy was removed: it can be found no more, but may live on for as long
     /// as somebody holds it. Ids are unique within a hierarchy only, so ask [`Cgroup::from_id`]
     /// before you believe it. Called with interrupts disabled; must not sleep.
     fn cgroup_removed(this: ArcBorrow<'_, Self>, id: u64);
+
+    /// A task, and its process with it or not, was moved to another cgroup of some hierarchy.
+    /// `process` is the thread group's number in the initial pid namespace. Called with interrupts
+    /// disabled; must not sleep.
+    fn process_moved(this: ArcBorrow<'_, Self>, process: u32);
 }
 
-/// Calls a handler for each cgroup that is removed, until it is dropped.
-pub(crate) struct RemovalWatch<T: RemovalHandler> {
-    _probe: TracepointProbe<Arc<T>>,
+/// Calls a handler for each cgroup that is removed and each task that is moved, until it is
+/// dropped.
+pub(crate) struct CgroupWatch<T: CgroupEvents> {
+    _removed: TracepointProbe<Arc<T>>,
+    _moved: TracepointProbe<Arc<T>>,
 }
 
-impl<T: RemovalHandler> RemovalWatch<T> {
-    /// Begins to watch. `cgroup_lifetime_notifier` is not exported; the tracepoint is public.
+impl<T: CgroupEvents> CgroupWatch<T> {
+    /// Begins to watch. `cgroup_lifetime_notifier` is not exported; the tracepoints are public.
     pub(crate) fn new(handler: Arc<T>) -> Result<Self> {
         /// # Safety
         ///
         /// To be called by the tracepoint `cgroup_rmdir` only, with an `Arc<T>` as foreign data.
-        unsafe extern "C" fn probe<T: RemovalHandler>(
+        unsafe extern "C" fn removed<T: CgroupEvents>(
             data: *mut c_void,
             cgroup: *mut bindings::cgroup,
             _path: *const c_char,
@@ -208,12 +232,42 @@ impl<T: RemovalHandler> RemovalWatch<T> {
             T::cgroup_removed(handler, cgroup.id());
         }
 
+        /// # Safety
+        ///
+        /// To be called by the tracepoint `cgroup_attach_task` only, with an `Arc<T>` as foreign
+        /// data.
+        unsafe extern "C" fn moved<T: CgroupEvents>(
+            data: *mut c_void,
+            _cgroup: *mut bindings::cgroup,
+            _path: *const c_char,
+            task: *mut bindings::task_struct,
+            _threadgroup: bool,
+        ) {
+            // SAFETY: As in `removed`.
+            let handler = unsafe { <Arc<T> as ForeignOwnable>::borrow(data) };
+            // SAFETY: The tracepoint fires with a task that its caller holds.
+            T::process_moved(handler, unsafe { (*task).tgid } as u32);
+        }
+
         Ok(Self {
-            // SAFETY: TRACE_CGROUP_PATH(rmdir, …) of kernel/cgroup/cgroup.c calls its probes with
-            // a cgroup and a path (include/trace/events/cgroup.h). `probe` does not sleep, since
+            // SAFETY: TRACE_CGROUP_PATH(rmdir, ...) of kernel/cgroup/cgroup.c calls its probes with
+            // a cgroup and a path (include/trace/events/cgroup.h). `removed` does not sleep, since
             // the handler does not.
-            _probe: unsafe {
-                TracepointProbe::register(c"cgroup_rmdir", probe::<T> as *mut c_void, handler)?
+            _removed: unsafe {
+                TracepointProbe::register(
+                    c"cgroup_rmdir",
+                    removed::<T> as *mut c_void,
+                    handler.clone(),
+                )?
+            },
+            // SAFETY: TRACE_CGROUP_PATH(attach_task, ...), likewise, with a cgroup, a path, a task
+            // and whether all its threads were moved with it.
+            _moved: unsafe {
+                TracepointProbe::register(
+                    c"cgroup_attach_task",
+                    moved::<T> as *mut c_void,
+                    handler,
+                )?
             },
         })
     }

@@ -17,6 +17,10 @@ use kernel::{
     prelude::*, //
 };
 
+/// A file's operations, as an identity only. Valid as long as the module that they belong to is
+/// loaded.
+pub(crate) struct FileOperations(pub(crate) *const c_void);
+
 /// A reference to an open file that is ours to put. Putting the last one closes the file at once,
 /// and may sleep.
 pub(crate) struct OwnedFile(NonNull<bindings::file>);
@@ -28,6 +32,12 @@ impl OwnedFile {
         let file = unsafe { bindings::filp_open(path.as_char_ptr(), flags as c_int, 0) };
         let file = from_err_ptr(file)?;
         Ok(Self(NonNull::new(file).ok_or(ENOENT)?))
+    }
+
+    /// What can be done with the file: an identity of its kind.
+    pub(crate) fn operations(&self) -> FileOperations {
+        // SAFETY: The file is open.
+        FileOperations(unsafe { shim::exitpolicy_file_operations(self.0.as_ptr().cast()) })
     }
 
     /// Reads from the beginning, and returns what was read. May sleep.

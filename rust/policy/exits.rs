@@ -68,6 +68,12 @@ impl Exits {
         self.0
     }
 
+    /// What is in either. `|`, for constants.
+    #[must_use]
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
     /// Whether the set is empty.
     pub const fn is_empty(self) -> bool {
         self.0 == 0

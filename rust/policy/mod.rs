@@ -6,6 +6,7 @@
 //! compile the same files as the crate `exitpolicy-policy` (`tools/policy`).
 
 mod exits;
+pub mod live;
 #[allow(clippy::module_inception)]
 mod policy;
 

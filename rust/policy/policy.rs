@@ -68,6 +68,15 @@ impl<Source> Resolved<Source> {
             })
     }
 
+    /// The same with another `disable`, if there is one.
+    #[must_use]
+    pub fn overridden(self, disable: Option<Exits>) -> Self {
+        Self {
+            disable: disable.unwrap_or(self.disable),
+            ..self
+        }
+    }
+
     /// Decides what a VM gets.
     ///
     /// `floor` is what KVM disabled by itself, `requested` what the VMM asked for, `supported` what

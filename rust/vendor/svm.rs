@@ -1,15 +1,37 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! AMD: arch/x86/kvm/svm/svm.c.
+//! AMD: arch/x86/kvm/svm/svm.c. "APM" is AMD's manual, volume 2.
 
-use super::Vendor;
+use super::{
+    set_msr_read_exit,
+    Functions,
+    InL2,
+    Parameter,
+    Refusal,
+    Vendor, //
+};
 use crate::{
     bindings,
-    policy::Exits, //
+    kvm,
+    policy::{
+        live::Limits,
+        Exits, //
+    }, //
+};
+use core::{
+    ptr,
+    sync::atomic::{
+        AtomicU32,
+        Ordering, //
+    },
 };
 use kernel::prelude::*;
 
 pub(super) struct Svm;
+
+/// kvm_amd.pause_filter_count and kvm_amd.pause_filter_thresh, as they were when it was loaded.
+static PAUSE_FILTER_COUNT: AtomicU32 = AtomicU32::new(0);
+static PAUSE_FILTER_THRESH: AtomicU32 = AtomicU32::new(0);
 
 impl Vendor for Svm {
     fn id(&self) -> u32 {
@@ -24,16 +46,100 @@ impl Vendor for Svm {
         c"kvm_amd"
     }
 
-    fn vcpu_create(&self) -> &'static CStr {
-        c"svm_vcpu_create"
+    fn functions(&self) -> &'static Functions {
+        &Functions {
+            vcpu_create: c"svm_vcpu_create",
+            recalc_intercepts: c"svm_recalc_intercepts",
+            vcpu_free: c"svm_vcpu_free",
+            vm_destroy: c"svm_vm_destroy",
+            // vmcb01 can be written at any time, and what the hooked function does next carries it
+            // over to vmcb02 (svm.h: svm_mark_intercepts_dirty()).
+            nested_vmexit: None,
+            set_intercept_for_msr: c"svm_set_intercept_for_msr",
+            // SVM has no such timer.
+            switch_to_sw_timer: None,
+        }
     }
 
-    fn vm_destroy(&self) -> &'static CStr {
-        c"svm_vm_destroy"
+    fn parameters(&self) -> &'static [Parameter] {
+        static PARAMETERS: [Parameter; 2] = [
+            (c"pause_filter_count", &PAUSE_FILTER_COUNT),
+            (c"pause_filter_thresh", &PAUSE_FILTER_THRESH),
+        ];
+        &PARAMETERS
     }
 
     fn supported(&self, accepted: Exits) -> Exits {
         // KVM accepts `cstate` everywhere, and SVM has no code for it: the MSRs are Intel's.
         accepted & !Exits::CSTATE
+    }
+
+    fn limits(&self, vcpu: kvm::Vcpu<'_>) -> (Limits, Refusal) {
+        // With encrypted registers an exit is the guest's to report, by #VC; it has been told which
+        // ones there are. HLT alone is KVM's to choose: what exits is the instruction itself.
+        if vcpu.vm().is_some_and(kvm::Vm::has_protected_state) {
+            let limits = Limits {
+                fixed: !Exits::HLT,
+                forbidden: Exits::NONE,
+            };
+            return (limits, Refusal::Protected);
+        }
+        // No limit for PV_UNHALT: a kick makes the vCPU leave the guest, which ends a native HLT
+        // (APM 15.9: RIP is past it in the VMCB, and there is no activity state).
+        (Limits::NONE, Refusal::None)
+    }
+
+    fn quiet_flags(&self) -> Exits {
+        // svm_vcpu_load() looks at the flag, and shrink_ple_window(), which it calls, looks again
+        // and warns: both with preemption disabled.
+        Exits::PAUSE
+    }
+
+    fn write_controls(&self, vcpu: kvm::LoadedVcpu<'_>, open: Exits) -> Result<(), InL2> {
+        let svm = vcpu.vcpu().as_ptr().cast::<bindings::vcpu_svm>();
+        // SAFETY: A vCPU of kvm-amd is the first member of a `struct vcpu_svm`. It has its VMCB for
+        // life, which is written by its own thread only: this one. The CPU reads it at VMRUN.
+        let control = unsafe { &raw mut (*(*svm).vmcb01.ptr).control };
+        // The words that are written here are marked as dirty by what the hooked function does
+        // next (svm_recalc_instruction_intercepts() changes one at least).
+        let intercept = |bit: u32, on: bool| {
+            // SAFETY: As above; the bit is one of the intercepts', in words of 32.
+            unsafe {
+                let words = (&raw mut (*control).intercepts).cast::<u32>();
+                let word = words.add((bit / 32) as usize);
+                let old = ptr::read(word);
+                let mask = 1 << (bit % 32);
+                ptr::write(word, if on { old | mask } else { old & !mask });
+                old & mask != 0
+            }
+        };
+
+        // As init_vmcb() chooses; the other one is never set.
+        // SAFETY: No requirements.
+        let hlt = if unsafe { bindings::exitpolicy_cpu_has_idle_hlt() } {
+            bindings::INTERCEPT_IDLE_HLT
+        } else {
+            bindings::INTERCEPT_HLT
+        };
+        intercept(hlt, !open.contains(Exits::HLT));
+        intercept(bindings::INTERCEPT_MONITOR, !open.contains(Exits::MWAIT));
+        intercept(bindings::INTERCEPT_MWAIT, !open.contains(Exits::MWAIT));
+        let pause_exits = !open.contains(Exits::PAUSE);
+        if !intercept(bindings::INTERCEPT_PAUSE, pause_exits) && pause_exits {
+            // As init_vmcb(): a vCPU that began without PAUSE exits has no filter. From here on
+            // KVM lets the window grow and shrink.
+            // SAFETY: As above.
+            unsafe {
+                (*control).pause_filter_count = PAUSE_FILTER_COUNT.load(Ordering::Relaxed) as u16;
+                let thresh = PAUSE_FILTER_THRESH.load(Ordering::Relaxed) as u16;
+                if thresh != 0 {
+                    (*control).pause_filter_thresh = thresh;
+                }
+            }
+        }
+        for msr in [bindings::MSR_IA32_APERF, bindings::MSR_IA32_MPERF] {
+            set_msr_read_exit(vcpu, msr, !open.contains(Exits::APERFMPERF));
+        }
+        Ok(())
     }
 }

@@ -4,7 +4,10 @@
 
 use super::show;
 use crate::{
-    admin::Admin,
+    admin::{
+        Admin,
+        How, //
+    },
     engine::Engine,
     kernel_ext::{
         capability::require_sys_admin,
@@ -108,7 +111,7 @@ impl Attributes for RootFiles {
                 b"0" => false,
                 _ => return Err(EINVAL),
             };
-            root.engine().set_enabled(enabled);
+            root.0.set_enabled(enabled, How::LIVE);
             Ok(())
         }),
         Attribute::public(c"missed", |root: &Self, out| {
@@ -117,14 +120,21 @@ impl Attributes for RootFiles {
         Attribute::public(c"clamps", |root: &Self, out| {
             show(out, root.engine().clamps())
         }),
+        Attribute::public(c"pending", |root: &Self, out| {
+            show(out, root.engine().on_their_way().0)
+        }),
+        Attribute::public(c"holding", |root: &Self, out| {
+            show(out, root.engine().on_their_way().1)
+        }),
         Attribute::write_only(c"attach", |root: &Self, path| {
             require_sys_admin()?;
             let cgroup = Self::cgroup_at(path)?;
-            root.0.attach(&cgroup)
+            Admin::attach(&root.0, &cgroup, How::LIVE)
         }),
         Attribute::write_only(c"detach", |root: &Self, path| {
             require_sys_admin()?;
-            root.0.clear_policy(Self::cgroup_at(path)?.id())
+            let cgroup = Self::cgroup_at(path)?.id();
+            root.0.clear_policy(cgroup, How::LIVE).map(|_| ())
         }),
     ];
 }

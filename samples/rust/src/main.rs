@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The smallest client in Rust: lets the VMs of a cgroup halt natively, and says what then holds
-//! for them, inheritance included.
+//! The smallest client in Rust: lets the VMs of a cgroup halt natively, those that run too, and
+//! says what then holds for them, inheritance included.
 //!
 //! ```sh
 //! cargo build && sudo target/debug/halt-natively machine.slice
@@ -9,6 +9,7 @@
 
 use exitpolicy::{
     cgroup::Hierarchy,
+    live::Apply,
     policy::Exits,
     Device,
     Error,
@@ -23,9 +24,12 @@ fn run(cgroup: &str) -> Result<(), Error> {
     let host = Host::default();
     let module = Device::open(&host)?;
     let cgroup = Hierarchy::find(&host)?.open(cgroup)?;
-    module.set_policy(&cgroup, Some(Exits::HLT), None)?;
+    let in_vain = module.set_policy(&cgroup, Some(Exits::HLT), None, Apply::default())?;
     let holds = module.resolve_policy(&cgroup)?;
-    println!("disable {}, allow {}", holds.disable, holds.allow);
+    println!(
+        "disable {}, allow {}; vCPUs that were waited for in vain: {in_vain}",
+        holds.disable, holds.allow,
+    );
     Ok(())
 }
 

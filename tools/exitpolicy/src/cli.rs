@@ -16,7 +16,14 @@ use clap::{
     ValueEnum,
     ValueHint, //
 };
-use exitpolicy::policy::Exits;
+use exitpolicy::{
+    live::{
+        Apply,
+        Timeout,
+        Wait, //
+    },
+    policy::Exits, //
+};
 use std::{
     ffi::OsStr,
     path::PathBuf, //
@@ -37,6 +44,32 @@ EXIT STATUS
     };
 }
 
+/// Of a command that changes VMs that run.
+macro_rules! exit_status_of_change {
+    () => {
+        concat!(
+            exit_status!(),
+            "
+  5  done, but some vCPUs are still on their way: stderr names them"
+        )
+    };
+}
+
+macro_rules! waiting {
+    () => {
+        "\
+WAITING
+  A vCPU changes in its own thread, on its way into the guest. The command makes those
+  that are in the guest leave it, and returns when each has changed, or is outside and
+  will change before it is in the guest again. It waits a second, or the time that
+  --timeout gives. One that has not left by then changes when it does; the command
+  names it on stderr and exits with 5. That can be a vCPU in a guest of its own guest
+  (\"pending: in L2\"), which changes when that one exits to it.
+
+"
+    };
+}
+
 const ROOT_HELP: &str = concat!(
     "\
 EXITS
@@ -52,7 +85,7 @@ SETS
   A set is written as 'all', 'none', or exits with commas between, as 'hlt,pause'.
 
 ",
-    exit_status!(),
+    exit_status_of_change!(),
     "
 
 EXAMPLES
@@ -68,6 +101,13 @@ EXAMPLES
   Who gets what, and why?
     exitpolicy vm list
     exitpolicy policy show --effective pinned.slice
+
+  VM 3 alone, whatever its cgroup says, and back:
+    exitpolicy vm set 3 --disable hlt,pause
+    exitpolicy vm reset 3
+
+  Every VM as its VMM made it, and the module out of the kernel:
+    exitpolicy unload
 
 FILES
   /dev/exitpolicy          the module's device; root only
@@ -91,14 +131,38 @@ SEE ALSO
 );
 
 const SWITCH_HELP: &str = concat!(
-    exit_status!(),
+    waiting!(),
+    exit_status_of_change!(),
     "
 
 FILES
-  /sys/kernel/exitpolicy/enabled  the same switch
+  /sys/kernel/exitpolicy/enabled           the same switch
+  /sys/kernel/exitpolicy/pending, holding  how far it has come
 
 SEE ALSO
-  exitpolicy(1), exitpolicy-status(1)",
+  exitpolicy(1), exitpolicy-status(1), exitpolicy-unload(1)",
+);
+
+const UNLOAD_HELP: &str = concat!(
+    "\
+NOTES
+  A VM that differs from what its VMM asked for keeps the module in the kernel. So
+  policies are switched off first, which gives every VM that runs what its VMM asked
+  for; once each vCPU has it, the module goes, and its policies with it.
+
+  If that takes longer than the time given, or if someone else uses the module, it
+  stays, and so does the switch: policies are off, until 'exitpolicy on'.
+
+",
+    exit_status!(),
+    "
+
+EXAMPLES
+  exitpolicy unload
+  exitpolicy unload --timeout 1m
+
+SEE ALSO
+  exitpolicy(1), exitpolicy-off(1), rmmod(8), delete_module(2)",
 );
 
 const POLICY_HELP: &str = concat!(
@@ -118,9 +182,12 @@ NOTES
   such a CPU wait for the end of a time slice.
 
   KVM does not offer paravirtual spinlocks (PV_UNHALT) to a guest that halts natively.
+  On Intel, a VM whose guest was offered them is refused 'hlt' while it runs: it gets it
+  when it is started again. Guests whose state is encrypted are refused all but 'hlt'.
 
 ",
-    exit_status!(),
+    waiting!(),
+    exit_status_of_change!(),
     "
 
 EXAMPLES
@@ -133,14 +200,26 @@ EXAMPLES
   The default of the host, for all that have no policy nearer to them:
     exitpolicy policy set / --disable aperfmperf
 
+  VMs that run stay as they are; those that start get it:
+    exitpolicy policy set machine.slice --disable hlt --new-only
+
 SEE ALSO
   exitpolicy(1), exitpolicy-policy-show(1), exitpolicy-policy-clear(1)",
+);
+
+const POLICY_CLEAR_HELP: &str = concat!(
+    waiting!(),
+    exit_status_of_change!(),
+    "
+
+SEE ALSO
+  exitpolicy(1), exitpolicy-policy-set(1), exitpolicy-policy-show(1)",
 );
 
 const POLICY_SHOW_HELP: &str = concat!(
     "\
 STATES
-  given        every VM gets it disabled
+  given        every VM gets it disabled, but for those with an override of their own
   on request   a VM gets it disabled if its VMM asks for it
   withheld     no VM gets it disabled: some \"allow\" leaves it out
   floor        KVM itself disables it in every VM
@@ -172,18 +251,78 @@ COLUMNS
   id         counts up from 1, and is not used twice while the module stays loaded
   pid        of the VMM, in the initial pid namespace
   vcpus      number of vCPUs
-  cgroup     of the VMM, at the time of the decision
+  cgroup     of the VMM, when its VM was last decided on
   floor      what KVM itself had disabled
   requested  what the VMM asked for with KVM_CAP_X86_DISABLE_EXITS
-  effective  what the VM got
+  effective  what the VM should have; vCPUs with an override differ
   clamped    what the VMM asked for and \"allow\" took away
+  override   what stands in for the cgroup's \"disable\", if 'vm set' said so
+  adopted    whether the VM is older than the module
+  state      whether it has what it should have
+
+OF EACH VCPU
+  vcpu       its id, as in KVM_CREATE_VCPU
+  override   its own, which stands in for that of the VM
+  wanted     what it should have
+  in force   what it has
+  state      in force
+             at next entry   it is not in the guest, and changes before it is
+             pending         it is in the guest, and was asked to leave it
+             pending: in L2  it is in a guest of its guest, and changes when that one
+                             exits to it
+             refused: guest uses PV_UNHALT
+                             'hlt', on Intel: the guest was told of
+                             KVM_FEATURE_PV_UNHALT, whose kick would not end a native
+                             HLT
+             refused: guest state is encrypted
+                             all but 'hlt'
+             refused: KVM runs on Hyper-V
+                             all: KVM does not use the CPU's own VMCS
 
 ",
     exit_status!(),
     "
 
 SEE ALSO
-  exitpolicy(1), exitpolicy-policy-show(1)",
+  exitpolicy(1), exitpolicy-vm-set(1), exitpolicy-vm-reset(1),
+  exitpolicy-policy-show(1)",
+);
+
+const VM_SET_HELP: &str = concat!(
+    "\
+NOTES
+  What a VM gets: floor, and of what its VMM requested or the override gives, that which
+  \"allow\" of its cgroups lets through. An override goes with its VM, and it follows
+  the VM to other cgroups. 'exitpolicy off' suspends it.
+
+",
+    waiting!(),
+    exit_status_of_change!(),
+    "
+
+EXAMPLES
+  exitpolicy vm set 3 --disable hlt,pause
+  exitpolicy vm set 3 --disable none --vcpu 0 --timeout 5s
+
+FILES
+  /sys/kernel/exitpolicy/vms/*/disable        the same of a VM
+  /sys/kernel/exitpolicy/vms/*/vcpu*/disable  the same of a vCPU
+
+SEE ALSO
+  exitpolicy(1), exitpolicy-vm-show(1), exitpolicy-vm-reset(1)",
+);
+
+const VM_RESET_HELP: &str = concat!(
+    waiting!(),
+    exit_status_of_change!(),
+    "
+
+EXAMPLES
+  exitpolicy vm reset 3
+  exitpolicy vm reset 3 --vcpu 0
+
+SEE ALSO
+  exitpolicy(1), exitpolicy-vm-show(1), exitpolicy-vm-set(1)",
 );
 
 const DOCTOR_HELP: &str = "\
@@ -218,8 +357,10 @@ SEE ALSO
 /// A policy belongs to a cgroup (v2) and has two sets of exits: "disable", what every VM in the
 /// cgroup gets, asked for or not, and "allow", the most that any VM in it may get. "disable" is
 /// inherited from the nearest cgroup above that has a policy, "allow" from all of them: only what
-/// each allows is allowed. It is decided when the first vCPU of a VM is made, and holds for the
-/// life of the VM.
+/// each allows is allowed. A VM or one of its vCPUs can have an override, which stands in for
+/// "disable".
+///
+/// Changes reach VMs that run: each vCPU changes on its way into the guest.
 #[derive(Debug, Parser)]
 #[command(version, after_long_help = ROOT_HELP, max_term_width = 100)]
 pub struct Cli {
@@ -240,27 +381,49 @@ pub enum Command {
     /// Shows what the module found on this host and what it does
     ///
     /// Shows which of kvm_amd (svm) and kvm_intel (vmx) is in use; whether policies are applied
-    /// to new VMs; which exits KVM can disable on this host (supported); which it disables by
+    /// (enabled); which exits KVM can disable on this host (supported); which it disables by
     /// itself in every VM (floor: pause, where the CPU cannot ration PAUSE exits); how many
-    /// policies and VMs there are; in how many decisions "allow" took away what a VMM had asked
-    /// for (clamps); and how many VMs or vCPUs the module could not decide on (missed), since it
-    /// was loaded.
+    /// policies and VMs there are; how many vCPUs are on their way to what they should have
+    /// (pending); how many VMs differ from what their VMM asked for, and keep the module in the
+    /// kernel (holding); in how many decisions "allow" took away what a VMM had asked for
+    /// (clamps); and how many VMs or vCPUs the module could not decide on (missed), since it was
+    /// loaded.
     #[command(after_long_help = STATUS_HELP)]
     Status,
 
-    /// Applies policies to new VMs: the master switch
+    /// Applies policies and overrides: the master switch
     ///
-    /// The first vCPU of a VM decides: from now on, VMs get what the policies say. VMs that run
-    /// already keep what they have. After loading the module, policies are on.
+    /// From now on VMs get what the policies say, those that run too. After loading the module,
+    /// policies are on.
     #[command(after_long_help = SWITCH_HELP)]
-    On,
+    On(Live),
 
-    /// Leaves new VMs alone: the master switch
+    /// Gives every VM what its VMM asked for: the master switch
     ///
-    /// From now on, new VMs are as on a host without the module. VMs that run already keep what
-    /// they have, and policies stay as they are.
+    /// From now on VMs are as on a host without the module, those that run too. Policies and
+    /// overrides are kept, and apply again after 'exitpolicy on'.
+    ///
+    /// Names on stderr each vCPU that is still on its way, and the VMs that still differ from
+    /// what their VMM asked for. Once there is none, nothing holds the module: it can be
+    /// unloaded.
     #[command(after_long_help = SWITCH_HELP)]
-    Off,
+    Off(Live),
+
+    /// Switches policies off, waits for the VMs, and removes the module
+    ///
+    /// Waits until every VM has what its VMM asked for, and says on stderr what it waits for.
+    #[command(after_long_help = UNLOAD_HELP)]
+    Unload {
+        /// How long it may take: from 1ms to 60s, as in 500ms or 5s
+        #[arg(
+            short,
+            long,
+            value_name = "TIME",
+            default_value = "10s",
+            allow_hyphen_values = true
+        )]
+        timeout: Timeout,
+    },
 
     /// Sets, shows, lists and clears policies
     ///
@@ -273,7 +436,7 @@ pub enum Command {
     #[command(subcommand, after_long_help = POLICY_HELP)]
     Policy(PolicyCommand),
 
-    /// Shows the VMs and what was decided for them
+    /// Shows the VMs and what was decided for them, and makes exceptions
     #[command(subcommand, after_long_help = VM_HELP)]
     Vm(VmCommand),
 
@@ -307,9 +470,9 @@ pub enum PolicyCommand {
     /// Makes or changes the policy of a cgroup
     ///
     /// A set that is not given stays as it is; in a new policy, "disable" is none and "allow" is
-    /// all. VMs that run already keep what they have.
+    /// all. VMs that run in the cgroup change too, unless --new-only is given.
     ///
-    /// Writes the policy, and notes to stderr where it will not do what one might expect.
+    /// Writes the policy, and notes to stderr where it does not do what one might expect.
     #[command(after_long_help = POLICY_SET_HELP)]
     Set(PolicySet),
 
@@ -336,12 +499,67 @@ pub enum PolicyCommand {
 
     /// Removes the policy of a cgroup
     ///
-    /// The cgroup inherits again. VMs that run already keep what they have.
-    #[command(after_long_help = SEE_POLICY)]
+    /// The cgroup inherits again. VMs that run in it change too, unless --new-only is given.
+    #[command(after_long_help = POLICY_CLEAR_HELP)]
     Clear {
         #[command(flatten)]
         target: Target,
+
+        #[command(flatten)]
+        live: Live,
     },
+}
+
+/// How a change reaches VMs that run.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Live {
+    /// Leaves VMs that run as they are
+    ///
+    /// The change is for those that start from now on. A VM that runs keeps what it has until
+    /// something else changes that decides about it.
+    #[arg(short, long)]
+    pub new_only: bool,
+
+    #[command(flatten)]
+    pub waiting: Waiting,
+}
+
+impl From<Live> for Apply {
+    fn from(live: Live) -> Self {
+        Self {
+            new_only: live.new_only,
+            wait: live.waiting.into(),
+        }
+    }
+}
+
+/// Whether vCPUs are waited for.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Waiting {
+    /// Does not wait for vCPUs that are in the guest
+    #[arg(long)]
+    pub no_wait: bool,
+
+    /// How long to wait for them: from 1ms to 60s, as in 500ms or 5s
+    #[arg(
+        short,
+        long,
+        value_name = "TIME",
+        default_value = "1s",
+        allow_hyphen_values = true,
+        conflicts_with = "no_wait"
+    )]
+    pub timeout: Timeout,
+}
+
+impl From<Waiting> for Wait {
+    fn from(waiting: Waiting) -> Self {
+        if waiting.no_wait {
+            Self::No
+        } else {
+            Self::UpTo(waiting.timeout)
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -375,6 +593,9 @@ pub struct PolicySet {
         hide_possible_values = true
     )]
     pub allow: Option<Exits>,
+
+    #[command(flatten)]
+    pub live: Live,
 }
 
 #[derive(Debug, Args)]
@@ -392,18 +613,72 @@ pub struct Target {
 pub enum VmCommand {
     /// Lists the VMs
     ///
-    /// Those that run and that the module has decided on, which are not the ones that are older
-    /// than the module.
+    /// Those that run. The module takes over VMs that are older than itself when it is loaded.
     #[command(after_long_help = VM_HELP)]
     List,
 
-    /// Shows one VM
+    /// Shows one VM and its vCPUs
+    ///
+    /// For each vCPU what it should have, what is in force, and if that differs, why.
     #[command(after_long_help = VM_HELP)]
     Show {
-        /// The VM's id, from 'exitpolicy vm list'
-        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
-        id: u64,
+        #[command(flatten)]
+        vm: Id,
     },
+
+    /// Gives a VM or one of its vCPUs an override
+    ///
+    /// It stands in for "disable" of the cgroup's policy: for the whole VM, or with --vcpu for
+    /// one vCPU. "allow" holds all the same.
+    #[command(after_long_help = VM_SET_HELP)]
+    Set {
+        #[command(flatten)]
+        vm: Id,
+
+        /// What the VM or the vCPU gets, as far as "allow" lets it through
+        ///
+        /// "all", "none", or some of mwait, hlt, pause, cstate and aperfmperf with commas
+        /// between.
+        #[arg(
+            short,
+            long,
+            value_name = "SET",
+            value_parser = ExitsParser,
+            hide_possible_values = true
+        )]
+        disable: Exits,
+
+        /// One vCPU, by its id in KVM_CREATE_VCPU
+        #[arg(long, value_name = "N")]
+        vcpu: Option<u32>,
+
+        #[command(flatten)]
+        waiting: Waiting,
+    },
+
+    /// Takes overrides away
+    ///
+    /// That of the VM and those of all its vCPUs, or with --vcpu that of one vCPU. What its
+    /// cgroup says holds again; for a vCPU, what its VM says.
+    #[command(after_long_help = VM_RESET_HELP)]
+    Reset {
+        #[command(flatten)]
+        vm: Id,
+
+        /// One vCPU, by its id in KVM_CREATE_VCPU
+        #[arg(long, value_name = "N")]
+        vcpu: Option<u32>,
+
+        #[command(flatten)]
+        waiting: Waiting,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Id {
+    /// The VM's id, from 'exitpolicy vm list'
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub id: u64,
 }
 
 /// Reads a set of exits. The possible values are for completion, and are not all there are.

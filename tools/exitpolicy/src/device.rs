@@ -4,6 +4,13 @@
 
 use crate::{
     cgroup::Cgroup,
+    live::{
+        Apply,
+        Refusal,
+        State,
+        Vcpu,
+        Wait, //
+    },
     uapi::{
         self,
         Argument, //
@@ -61,7 +68,7 @@ impl Vendor {
 pub struct Info {
     /// The vendor module of KVM that is in use, if one is.
     pub vendor: Option<Vendor>,
-    /// Whether policies are applied to new VMs.
+    /// Whether policies and overrides are applied.
     pub enabled: bool,
     /// What KVM can disable on this host; nothing without a vendor.
     pub supported: Exits,
@@ -73,29 +80,68 @@ pub struct Info {
     pub clamps: u64,
     /// Number of policies.
     pub policies: u64,
-    /// Number of VMs with a decision.
+    /// Number of VMs that the module knows.
     pub vms: u64,
+    /// Number of vCPUs that are on their way, those that change at their next entry included.
+    pub pending: u64,
+    /// Number of VMs that differ from what their VMM asked for. While there is one, the module
+    /// cannot be unloaded.
+    pub holding: u64,
 }
 
-/// A VM and what was decided for it.
+/// A VM, what was decided for it and how far that has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Vm {
     /// Counts up from 1, and is not used twice while the module stays loaded.
     pub id: u64,
-    /// The domain cgroup of the VMM at the time of the decision.
+    /// The domain cgroup of the VMM when its VM was last decided on.
     pub cgroup: u64,
     /// The VMM's thread group id in the initial pid namespace.
     pub pid: u32,
-    /// Number of vCPUs.
+    /// Number of vCPUs, one that is being created included.
     pub vcpus: u32,
     /// What KVM itself had disabled.
     pub floor: Exits,
     /// What the VMM asked for.
     pub requested: Exits,
-    /// What the VM got.
+    /// What the VM should have; vCPUs with an override differ.
     pub effective: Exits,
     /// What the VMM asked for and `allow` took away.
     pub clamped: Exits,
+    /// Its override, which stands in for the cgroup's `disable`.
+    pub disable: Option<Exits>,
+    /// What of `effective` it cannot be given, or what it keeps in spite of it.
+    pub refused: Exits,
+    /// Why.
+    pub refusal: Option<Refusal>,
+    /// Number of its vCPUs that are on their way.
+    pub pending: u32,
+    /// Whether it is older than the module.
+    pub adopted: bool,
+}
+
+impl Vm {
+    /// What the VM has where the module does nothing.
+    pub fn of_its_vmm(&self) -> Exits {
+        self.floor | self.requested
+    }
+
+    /// Whether the VM, whose vCPUs are given, has or should have something else than that. Then
+    /// it holds the module.
+    pub fn holds(&self, vcpus: &[Vcpu]) -> bool {
+        let plain = self.of_its_vmm();
+        self.effective != plain
+            || vcpus.iter().any(|vcpu| {
+                vcpu.wanted != plain || vcpu.in_force != plain || vcpu.state != State::InForce
+            })
+    }
+
+    /// What of `refused` makes a difference, if the VM's vCPUs, which are given, say so.
+    pub fn withheld(&self, vcpus: &[Vcpu]) -> Exits {
+        vcpus
+            .iter()
+            .fold(self.refused, |refused, vcpu| refused | vcpu.withheld())
+    }
 }
 
 /// An open `/dev/exitpolicy`.
@@ -143,31 +189,38 @@ impl Device {
             clamps: info.clamps,
             policies: info.policies,
             vms: info.vms,
+            pending: info.pending,
+            holding: info.holding,
         })
     }
 
-    /// Switches the application of policies to new VMs on or off. VMs that have their decision
-    /// keep it.
+    /// Switches the application of policies and overrides on or off. Off gives every VM what its
+    /// VMM asked for.
+    ///
+    /// Returns the number of vCPUs that were waited for in vain.
     ///
     /// # Errors
     ///
     /// [`Error::NotPermitted`].
-    pub fn set_enabled(&self, enabled: bool) -> Result<(), Error> {
+    pub fn set_enabled(&self, enabled: bool, apply: Apply) -> Result<u32, Error> {
         let mut argument = uapi::Enabled {
+            flags: apply.flags(),
             enabled: enabled.into(),
+            timeout_ms: apply.wait.timeout_ms(),
             ..uapi::Enabled::new()
         };
         self.call::<{ uapi::SET_ENABLED }, _>(&mut argument)
             .map_err(|errno| {
                 let switch = if enabled { "on" } else { "off" };
                 refused(format!("switch policies {switch}"), errno)
-            })
+            })?;
+        Ok(argument.pending)
     }
 
     /// Makes or changes the policy of a cgroup.
     ///
     /// A set that is not given keeps its value; in a new policy it is that of
-    /// [`Policy::NEUTRAL`].
+    /// [`Policy::NEUTRAL`]. Returns the number of vCPUs that were waited for in vain.
     ///
     /// # Errors
     ///
@@ -178,8 +231,9 @@ impl Device {
         cgroup: &Cgroup,
         disable: Option<Exits>,
         allow: Option<Exits>,
-    ) -> Result<(), Error> {
-        let mut argument = uapi::Policy::new();
+        apply: Apply,
+    ) -> Result<u32, Error> {
+        let mut argument = applied(apply);
         if let Some(disable) = disable {
             argument.flags |= uapi::POLICY_DISABLE;
             argument.disable = disable.bits();
@@ -189,7 +243,8 @@ impl Device {
             argument.allow = allow.bits();
         }
         self.call_on::<{ uapi::SET_POLICY }>(cgroup, &mut argument)
-            .map_err(|errno| refused_on("set the policy", cgroup, errno))
+            .map_err(|errno| refused_on("set the policy", cgroup, errno))?;
+        Ok(argument.pending)
     }
 
     /// Reads the policy of this very cgroup.
@@ -204,14 +259,17 @@ impl Device {
         Ok(sets(&argument))
     }
 
-    /// Removes the policy of this very cgroup.
+    /// Removes the policy of this very cgroup. Returns the number of vCPUs that were waited for in
+    /// vain.
     ///
     /// # Errors
     ///
     /// [`Error::NotPermitted`], [`Error::NoPolicy`], [`Error::CgroupRemoved`].
-    pub fn clear_policy(&self, cgroup: &Cgroup) -> Result<(), Error> {
-        self.call_on::<{ uapi::CLEAR_POLICY }>(cgroup, &mut uapi::Policy::new())
-            .map_err(|errno| refused_on("clear the policy", cgroup, errno))
+    pub fn clear_policy(&self, cgroup: &Cgroup, apply: Apply) -> Result<u32, Error> {
+        let mut argument = applied(apply);
+        self.call_on::<{ uapi::CLEAR_POLICY }>(cgroup, &mut argument)
+            .map_err(|errno| refused_on("clear the policy", cgroup, errno))?;
+        Ok(argument.pending)
     }
 
     /// Asks the module what a VM in this cgroup is subject to, inheritance included.
@@ -233,14 +291,18 @@ impl Device {
 
     /// All policies, each with the id of its cgroup, in the order of the ids. Ends after an error.
     pub fn policies(&self) -> impl Iterator<Item = Result<(u64, Policy), Error>> + use<'_> {
-        self.walk::<{ uapi::NEXT_POLICY }, uapi::Policy, _>("list the policies", |policy| {
-            (policy.cgroup_id, sets(policy))
-        })
+        self.walk::<{ uapi::NEXT_POLICY }, uapi::Policy, _>(
+            "list the policies",
+            uapi::Policy::new(),
+            |policy| ((policy.cgroup_id, sets(policy)), Some(*policy)),
+        )
     }
 
-    /// All VMs that have a decision, in the order of their ids. Ends after an error.
+    /// All VMs that the module knows, in the order of their ids. Ends after an error.
     pub fn vms(&self) -> impl Iterator<Item = Result<Vm, Error>> + use<'_> {
-        self.walk::<{ uapi::NEXT_VM }, _, _>("list the VMs", vm)
+        self.walk::<{ uapi::NEXT_VM }, uapi::Vm, _>("list the VMs", uapi::Vm::new(), |found| {
+            (vm(found), Some(*found))
+        })
     }
 
     /// One VM.
@@ -260,19 +322,105 @@ impl Device {
         }
     }
 
-    /// Repeats a NEXT command, whose argument says by its id where to go on, until ENOENT.
+    /// The vCPUs of a VM, in the order of their ids; none if the VM is gone. Ends after an error.
+    pub fn vcpus(&self, vm: u64) -> impl Iterator<Item = Result<Vcpu, Error>> + use<'_> {
+        let from = uapi::Vcpu {
+            vm,
+            ..uapi::Vcpu::new()
+        };
+        self.walk::<{ uapi::NEXT_VCPU }, uapi::Vcpu, _>("list the vCPUs", from, |found| {
+            let next = found.vcpu_id.checked_add(1).map(|vcpu_id| uapi::Vcpu {
+                vm: found.vm,
+                vcpu_id,
+                ..uapi::Vcpu::new()
+            });
+            (vcpu(found), next)
+        })
+    }
+
+    /// One vCPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoVm`], [`Error::NoVcpu`].
+    pub fn vcpu(&self, vm: u64, id: u32) -> Result<Vcpu, Error> {
+        let mut argument = uapi::Vcpu {
+            vm,
+            vcpu_id: id,
+            ..uapi::Vcpu::new()
+        };
+        self.call::<{ uapi::GET_VCPU }, _>(&mut argument)
+            .map_err(|errno| self.refused_vm("ask for", vm, Some(id), errno))?;
+        Ok(vcpu(&argument))
+    }
+
+    /// Gives a VM or one of its vCPUs an override: `disable` stands in for that of the cgroup.
+    ///
+    /// Returns the number of vCPUs that were waited for in vain.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotPermitted`], [`Error::NoVm`], [`Error::NoVcpu`].
+    pub fn set_vm(
+        &self,
+        vm: u64,
+        vcpu: Option<u32>,
+        disable: Exits,
+        wait: Wait,
+    ) -> Result<u32, Error> {
+        let mut argument = uapi::Override {
+            disable: disable.bits(),
+            ..overriding(vm, vcpu, wait)
+        };
+        self.call::<{ uapi::SET_VM }, _>(&mut argument)
+            .map_err(|errno| self.refused_vm("set the override of", vm, vcpu, errno))?;
+        Ok(argument.pending)
+    }
+
+    /// Takes an override away: that of a VM with those of its vCPUs, or that of one vCPU.
+    ///
+    /// Returns the number of vCPUs that were waited for in vain.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotPermitted`], [`Error::NoVm`], [`Error::NoVcpu`].
+    pub fn reset_vm(&self, vm: u64, vcpu: Option<u32>, wait: Wait) -> Result<u32, Error> {
+        let mut argument = overriding(vm, vcpu, wait);
+        self.call::<{ uapi::RESET_VM }, _>(&mut argument)
+            .map_err(|errno| self.refused_vm("reset the override of", vm, vcpu, errno))?;
+        Ok(argument.pending)
+    }
+
+    /// What an errno of the module means for a command on a VM or a vCPU.
+    fn refused_vm(&self, tried: &str, vm: u64, vcpu: Option<u32>, errno: Errno) -> Error {
+        match (errno, vcpu) {
+            // The module says the same of both.
+            (Errno::NOENT, Some(vcpu)) => match self.vm(vm) {
+                Ok(_) => Error::NoVcpu { vm, vcpu },
+                Err(error) => error,
+            },
+            (Errno::NOENT, None) => Error::NoVm { id: vm },
+            (_, Some(vcpu)) => refused(format!("{tried} vCPU {vcpu} of VM {vm}"), errno),
+            (_, None) => refused(format!("{tried} VM {vm}"), errno),
+        }
+    }
+
+    /// Repeats a NEXT command until ENOENT. `convert` makes of an answer what is asked for, and
+    /// the argument that goes on from there.
     fn walk<const COMMAND: Opcode, T: Argument, Item>(
         &self,
         tried: &'static str,
-        convert: fn(&T) -> Item,
+        from: T,
+        convert: fn(&T) -> (Item, Option<T>),
     ) -> impl Iterator<Item = Result<Item, Error>> + use<'_, COMMAND, T, Item> {
-        let mut place = Some(T::new());
+        let mut place = Some(from);
         iter::from_fn(move || {
             let mut argument = place.take()?;
             match self.call::<COMMAND, T>(&mut argument) {
                 Ok(()) => {
-                    place = Some(argument);
-                    Some(Ok(convert(&argument)))
+                    let (item, next) = convert(&argument);
+                    place = next;
+                    Some(Ok(item))
                 }
                 Err(Errno::NOENT) => None,
                 Err(errno) => Some(Err(refused(tried, errno))),
@@ -314,6 +462,47 @@ fn vm(vm: &uapi::Vm) -> Vm {
         requested: Exits::from_bits_truncate(vm.requested),
         effective: Exits::from_bits_truncate(vm.effective),
         clamped: Exits::from_bits_truncate(vm.clamped),
+        disable: own_disable(vm.has_disable, vm.disable),
+        refused: Exits::from_bits_truncate(vm.refused),
+        refusal: Refusal::from_number(vm.refusal),
+        pending: vm.pending,
+        adopted: vm.adopted != 0,
+    }
+}
+
+fn vcpu(vcpu: &uapi::Vcpu) -> Vcpu {
+    Vcpu {
+        vm: vcpu.vm,
+        id: vcpu.vcpu_id,
+        disable: own_disable(vcpu.has_disable, vcpu.disable),
+        wanted: Exits::from_bits_truncate(vcpu.wanted),
+        in_force: Exits::from_bits_truncate(vcpu.in_force),
+        state: State::from_number(vcpu.state),
+        refused: Exits::from_bits_truncate(vcpu.refused),
+        refusal: Refusal::from_number(vcpu.refusal),
+    }
+}
+
+fn own_disable(has: u32, disable: u64) -> Option<Exits> {
+    (has != 0).then(|| Exits::from_bits_truncate(disable))
+}
+
+fn applied(apply: Apply) -> uapi::Policy {
+    uapi::Policy {
+        flags: apply.flags(),
+        timeout_ms: apply.wait.timeout_ms(),
+        ..uapi::Policy::new()
+    }
+}
+
+fn overriding(vm: u64, vcpu: Option<u32>, wait: Wait) -> uapi::Override {
+    let one = if vcpu.is_some() { uapi::VM_VCPU } else { 0 };
+    uapi::Override {
+        flags: one | wait.flags(),
+        vm,
+        vcpu_id: vcpu.unwrap_or(0),
+        timeout_ms: wait.timeout_ms(),
+        ..uapi::Override::new()
     }
 }
 

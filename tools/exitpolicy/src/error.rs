@@ -2,6 +2,7 @@
 
 //! What can go wrong: what was tried, on what, why not, and what to do about it.
 
+use crate::unload::Process;
 use rustix::io::Errno;
 use std::path::PathBuf;
 
@@ -12,6 +13,19 @@ pub(crate) fn reason(errno: Errno) -> String {
         Some(end) => text[..end].to_owned(),
         None => text,
     }
+}
+
+/// Who uses the module, for [`Error::InUse`].
+fn in_use(processes: &[Process], references: &Option<u64>) -> String {
+    let count = match references {
+        Some(count) => format!("it is in use (reference count {count})"),
+        None => "it is in use".into(),
+    };
+    if processes.is_empty() {
+        return count;
+    }
+    let names: Vec<_> = processes.iter().map(ToString::to_string).collect();
+    format!("{count}; /dev/exitpolicy is open in {}", names.join(", "))
 }
 
 /// An error of this library.
@@ -46,10 +60,35 @@ pub enum Error {
     },
 
     /// There is no such VM.
-    #[error("there is no VM {id}: it ended, or never had a decision")]
+    #[error("there is no VM {id}: it ended, or never was")]
     NoVm {
         /// Its id.
         id: u64,
+    },
+
+    /// The VM has no such vCPU.
+    #[error("VM {vm} has no vCPU {vcpu}")]
+    NoVcpu {
+        /// The VM's id.
+        vm: u64,
+        /// The id that none of its vCPUs has.
+        vcpu: u32,
+    },
+
+    /// The module cannot be unloaded while somebody uses it.
+    #[error("cannot unload kvm_exitpolicy: {}", in_use(.processes, .references))]
+    InUse {
+        /// Those that have its device open, as far as can be seen.
+        processes: Vec<Process>,
+        /// How many uses the kernel counts, if that can be read.
+        references: Option<u64>,
+    },
+
+    /// The kernel does not let modules go any more.
+    #[error("cannot unload kvm_exitpolicy: {found}")]
+    NotRemovable {
+        /// What stands against it.
+        found: &'static str,
     },
 
     /// The cgroup was removed meanwhile.
@@ -126,6 +165,9 @@ impl Error {
             Self::NotPermitted { .. } => "not_permitted",
             Self::NoPolicy { .. } => "no_policy",
             Self::NoVm { .. } => "no_vm",
+            Self::NoVcpu { .. } => "no_vcpu",
+            Self::InUse { .. } => "in_use",
+            Self::NotRemovable { .. } => "not_removable",
             Self::CgroupRemoved { .. } => "cgroup_removed",
             Self::Threaded { .. } => "threaded",
             Self::NoHierarchy { .. } => "no_cgroup2",
@@ -155,6 +197,20 @@ impl Error {
                 cgroup.display(),
             ),
             Self::NoVm { .. } => "'exitpolicy vm list' says which there are".into(),
+            Self::NoVcpu { vm, .. } => {
+                format!(
+                    "'exitpolicy vm show {vm}' lists its vCPUs, by their ids in KVM_CREATE_VCPU"
+                )
+            }
+            Self::InUse { processes, .. } if processes.is_empty() => {
+                "'lsmod' and /sys/module/kvm_exitpolicy/holders say whether another module uses it, \
+                 'fuser /dev/exitpolicy' as root who has the device open; then try again"
+                    .into()
+            }
+            Self::InUse { .. } => "end what has it open, and try again".into(),
+            Self::NotRemovable { .. } => {
+                "it goes with the next boot; until then 'exitpolicy off' is as good".into()
+            }
             Self::CgroupRemoved { .. } => {
                 "nothing is to be done: its policy goes away with it".into()
             }

@@ -13,7 +13,7 @@ use exitpolicy_policy::{
 pub enum Fate {
     /// KVM itself disables it in every VM, whatever the policies say.
     Floor,
-    /// Every VM gets it disabled, asked for or not.
+    /// Every VM gets it disabled, asked for or not, unless it has an override.
     Given,
     /// A VM gets it disabled if its VMM asks.
     OnRequest,

@@ -2,8 +2,9 @@
 
 //! A client of the kernel module `kvm_exitpolicy`, and what the command `exitpolicy` is made of.
 //!
-//! [`Device`] speaks to the module, [`cgroup`] finds the cgroups that policies sit on, [`explain`]
-//! tells where a decision comes from, and [`doctor`] whether a host can do it at all. What a set of
+//! [`Device`] speaks to the module, [`cgroup`] finds the cgroups that policies sit on, [`live`] says
+//! how VMs that run change, [`explain`] where a decision comes from, [`doctor`] whether a host can
+//! do it at all, and [`unload`] removes the module. What a set of
 //! exits and a policy are is said in one place, the crate `exitpolicy_policy`, which the module
 //! compiles too; it is [re-exported](policy) here.
 
@@ -17,7 +18,9 @@ pub mod doctor;
 pub mod error;
 pub mod explain;
 pub mod host;
+pub mod live;
 pub mod uapi;
+pub mod unload;
 
 pub use device::Device;
 pub use error::Error;

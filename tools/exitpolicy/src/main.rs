@@ -16,6 +16,7 @@ use clap::{
     Parser, //
 };
 use cli::Cli;
+use commands::LeftOff;
 use exitpolicy::Error;
 use output::Format;
 use std::{
@@ -32,6 +33,7 @@ const FAILURE: u8 = 1;
 const USAGE: u8 = 2;
 const NOT_LOADED: u8 = 3;
 const NOT_PERMITTED: u8 = 4;
+const ON_THEIR_WAY: u8 = 5;
 
 fn main() -> ExitCode {
     // Someone who reads the first lines and closes the pipe is not an error to report.
@@ -70,12 +72,25 @@ fn say(text: &str) {
 }
 
 fn report(format: Format, error: &anyhow::Error) -> ExitCode {
-    let known = error.downcast_ref::<Error>();
-    let hint = known.and_then(Error::hint);
+    let left_off = error.downcast_ref::<LeftOff>();
+    let known = match left_off {
+        Some(left_off) => left_off.cause(),
+        None => error.downcast_ref::<Error>(),
+    };
+    let hint = match left_off {
+        Some(left_off) => Some(left_off.hint()),
+        None => known.and_then(Error::hint),
+    };
+    let code = match (left_off, known) {
+        (_, Some(known)) => known.code(),
+        (Some(_), None) => "held",
+        (None, None) => "failure",
+    };
     say(&format.render_error(
-        known.map_or("failure", Error::code),
+        code,
         &format!("{error:#}"),
         hint.as_deref(),
+        left_off.and_then(LeftOff::remaining),
     ));
     match known {
         Some(Error::NotLoaded { .. }) => NOT_LOADED,
@@ -94,7 +109,7 @@ fn usage(error: &clap::Error) -> ExitCode {
             let message = error.render().to_string();
             let message = message.trim_end();
             let message = message.strip_prefix("error: ").unwrap_or(message);
-            say(&format.render_error("usage", message, None));
+            say(&format.render_error("usage", message, None, None));
         }
         _ => drop(error.print()),
     }

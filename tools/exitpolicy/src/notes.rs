@@ -6,7 +6,12 @@ use crate::output::Note;
 use exitpolicy::{
     device::{
         Info,
-        Vendor, //
+        Vendor,
+        Vm, //
+    },
+    live::{
+        Refusal,
+        Vcpu, //
     },
     policy::{
         Exits,
@@ -53,13 +58,7 @@ pub fn on_policy(situation: &Situation) -> Vec<Note> {
     }
     let unsupported = policy.disable & !info.supported & !info.floor;
     if info.vendor.is_some() && !unsupported.is_empty() {
-        notes.push(note(
-            "unsupported",
-            format!(
-                "KVM cannot disable {unsupported} on this host: VMs do not get it; 'exitpolicy \
-                 doctor' says more",
-            ),
-        ));
+        notes.push(unsupported_note(unsupported));
     }
     let own = policy.disable & !policy.allow;
     if !own.is_empty() {
@@ -80,6 +79,53 @@ pub fn on_policy(situation: &Situation) -> Vec<Note> {
     }
 
     let given = policy.disable & resolved.allow & info.supported;
+    notes.extend(on_given(info, given, situation.exposed_to_smt_rsb));
+    notes
+}
+
+/// Notes on an override that was just set, to `disable`. `wanted` is what came of it.
+pub fn on_override(
+    info: &Info,
+    disable: Exits,
+    wanted: Exits,
+    exposed_to_smt_rsb: bool,
+) -> Vec<Note> {
+    if !info.enabled {
+        return vec![off()];
+    }
+    let mut notes = Vec::new();
+    let unsupported = disable & !wanted & !info.supported;
+    if !unsupported.is_empty() {
+        notes.push(unsupported_note(unsupported));
+    }
+    let not_allowed = disable & !wanted & info.supported;
+    if !not_allowed.is_empty() {
+        notes.push(note(
+            "not_allowed_above",
+            format!(
+                "a cgroup of the VM does not allow {not_allowed}: it is not given; 'exitpolicy \
+                 policy show --effective' says which",
+            ),
+        ));
+    }
+    let given = disable & wanted & info.supported;
+    notes.extend(on_given(info, given, exposed_to_smt_rsb));
+    notes
+}
+
+fn unsupported_note(unsupported: Exits) -> Note {
+    note(
+        "unsupported",
+        format!(
+            "KVM cannot disable {unsupported} on this host: VMs do not get it; 'exitpolicy \
+             doctor' says more",
+        ),
+    )
+}
+
+/// What it means to be given these exits.
+fn on_given(info: &Info, given: Exits, exposed_to_smt_rsb: bool) -> Vec<Note> {
+    let mut notes = Vec::new();
     let idle = given & (Exits::HLT | Exits::MWAIT);
     if !idle.is_empty() {
         notes.push(note(
@@ -104,7 +150,7 @@ pub fn on_policy(situation: &Situation) -> Vec<Note> {
              hrtimers, which cost more, whether they use MWAIT or not",
         ));
     }
-    if situation.exposed_to_smt_rsb {
+    if exposed_to_smt_rsb {
         notes.extend(smt_rsb(given));
     }
     notes
@@ -123,25 +169,96 @@ pub fn on_status(info: &Info, exposed_to_smt_rsb: bool) -> Vec<Note> {
             ),
         ));
     }
+    if !info.enabled && info.holding > 0 {
+        notes.push(on_holders(&[], info.holding));
+    }
     if exposed_to_smt_rsb {
         notes.extend(smt_rsb(info.supported));
     }
     notes
 }
 
-/// The note on the master switch being switched.
-pub fn on_switch() -> Note {
+/// The note on a change that is not for VMs that run.
+pub fn on_new_only() -> Note {
     note(
         "running_vms",
         "this is for VMs that start from now on; those that run keep what they have",
     )
 }
 
+/// What to say of vCPUs that are on their way: of each VM a note.
+pub fn on_stragglers(stragglers: &[Vcpu]) -> Vec<Note> {
+    stragglers
+        .chunk_by(|one, next| one.vm == next.vm)
+        .map(|vcpus| {
+            let vm = vcpus[0].vm;
+            note(
+                "on_their_way",
+                format!(
+                    "still on their way in VM {vm}: {}; 'exitpolicy vm show {vm}' says when they \
+                     have arrived",
+                    vcpus_in_words(vcpus),
+                ),
+            )
+        })
+        .collect()
+}
+
+/// As in "vCPU 0 (pending), vCPU 3 (at next entry)".
+pub fn vcpus_in_words(vcpus: &[Vcpu]) -> String {
+    let words: Vec<_> = vcpus
+        .iter()
+        .map(|vcpu| format!("vCPU {} ({vcpu})", vcpu.id))
+        .collect();
+    words.join(", ")
+}
+
+/// The note on a VM that is refused what it should have, if it is.
+pub fn on_refused(vm: &Vm, vcpus: &[Vcpu]) -> Option<Note> {
+    let withheld = vm.withheld(vcpus);
+    let reason = vm
+        .refusal
+        .or_else(|| vcpus.iter().find_map(|vcpu| vcpu.refusal))
+        .unwrap_or(Refusal::Unknown);
+    (!withheld.is_empty()).then(|| {
+        note(
+            "refused",
+            format!(
+                "a change of {withheld} in VM {} is refused ({reason}): stop the VM and start it \
+                 again to have it",
+                vm.id,
+            ),
+        )
+    })
+}
+
+/// The note that VMs keep the module in the kernel. They are all known, or only their number is.
+pub fn on_holders(holders: &[u64], number: u64) -> Note {
+    note(
+        "holding",
+        format!(
+            "not yet as the VMM asked for: {}; until then the module cannot be unloaded",
+            vms_in_words(holders, number),
+        ),
+    )
+}
+
+/// As in "2 VMs (3, 7)".
+pub fn vms_in_words(vms: &[u64], number: u64) -> String {
+    let number = number.max(vms.len() as u64);
+    let noun = if number == 1 { "VM" } else { "VMs" };
+    if vms.is_empty() {
+        return format!("{number} {noun}");
+    }
+    let ids: Vec<_> = vms.iter().map(ToString::to_string).collect();
+    format!("{number} {noun} ({})", ids.join(", "))
+}
+
 /// The note that nothing is applied.
 pub fn off() -> Note {
     note(
         "off",
-        "policies are switched off: new VMs are left alone until 'exitpolicy on'",
+        "policies are switched off: VMs are as their VMMs made them until 'exitpolicy on'",
     )
 }
 
@@ -192,6 +309,8 @@ mod tests {
                 clamps: 0,
                 policies: 1,
                 vms: 0,
+                pending: 0,
+                holding: 0,
             },
             policy,
             resolved: Resolved::from_nearest_to_root([(1, policy)]),
@@ -248,11 +367,45 @@ mod tests {
     }
 
     #[test]
+    fn overrides_have_notes_too() {
+        let codes = |info: &Info, disable, wanted| -> Vec<_> {
+            on_override(info, set(disable), set(wanted), false)
+                .into_iter()
+                .map(|note| note.code)
+                .collect()
+        };
+        let mut info = situation("none", "all").info;
+        assert!(codes(&info, "pause", "pause").is_empty());
+        assert!(codes(&info, "none", "hlt").is_empty());
+        assert_eq!(codes(&info, "hlt", "hlt"), ["busy"]);
+        assert_eq!(codes(&info, "hlt,pause", "pause"), ["not_allowed_above"]);
+        info.supported = Exits::NONE;
+        assert_eq!(codes(&info, "hlt", "none"), ["unsupported"]);
+        // By the floor.
+        assert!(codes(&info, "pause", "pause").is_empty());
+        info.enabled = false;
+        assert_eq!(codes(&info, "hlt", "none"), ["off"]);
+    }
+
+    #[test]
+    fn vms_are_named_or_counted() {
+        assert_eq!(vms_in_words(&[3], 1), "1 VM (3)");
+        assert_eq!(vms_in_words(&[3, 7], 1), "2 VMs (3, 7)");
+        assert_eq!(vms_in_words(&[], 1), "1 VM");
+        assert_eq!(vms_in_words(&[], 4), "4 VMs");
+    }
+
+    #[test]
     fn status_has_notes_too() {
         let mut info = situation("none", "all").info;
         assert!(on_status(&info, false).is_empty());
         assert_eq!(on_status(&info, true)[0].code, "smt_rsb");
         info.missed = 2;
         assert_eq!(on_status(&info, false)[0].code, "missed");
+        info.missed = 0;
+        info.holding = 2;
+        assert!(on_status(&info, false).is_empty());
+        info.enabled = false;
+        assert_eq!(on_status(&info, false)[0].code, "holding");
     }
 }

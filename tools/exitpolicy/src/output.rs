@@ -10,6 +10,10 @@ use exitpolicy::{
         Fate,
         Reason, //
     },
+    live::{
+        Refusal,
+        Vcpu, //
+    },
     policy::{
         Exits,
         Policy,
@@ -76,7 +80,13 @@ impl Format {
         }
     }
 
-    pub fn render_error(self, code: &str, message: &str, hint: Option<&str>) -> String {
+    pub fn render_error(
+        self,
+        code: &str,
+        message: &str,
+        hint: Option<&str>,
+        remaining: Option<&Remaining>,
+    ) -> String {
         #[derive(Serialize)]
         struct Document<'a> {
             schema_version: u32,
@@ -87,6 +97,8 @@ impl Format {
             code: &'a str,
             message: &'a str,
             hint: Option<&'a str>,
+            #[serde(flatten)]
+            remaining: Option<&'a Remaining>,
         }
 
         match (self, hint) {
@@ -98,6 +110,7 @@ impl Format {
                     code,
                     message,
                     hint,
+                    remaining,
                 },
             }),
         }
@@ -114,7 +127,7 @@ impl Format {
 }
 
 /// A set: an array of names in JSON, and as in the policy algebra in text.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Set(pub Exits);
 
 impl Serialize for Set {
@@ -185,6 +198,8 @@ pub struct StatusView {
     pub floor: Set,
     pub policies: u64,
     pub vms: u64,
+    pub pending: u64,
+    pub holding: u64,
     pub clamps: u64,
     pub missed: u64,
 }
@@ -198,6 +213,8 @@ impl From<device::Info> for StatusView {
             floor: Set(info.floor),
             policies: info.policies,
             vms: info.vms,
+            pending: info.pending,
+            holding: info.holding,
             clamps: info.clamps,
             missed: info.missed,
         }
@@ -213,20 +230,91 @@ impl View for StatusView {
             ("floor", self.floor.to_string()),
             ("policies", self.policies.to_string()),
             ("vms", self.vms.to_string()),
+            ("pending", self.pending.to_string()),
+            ("holding", self.holding.to_string()),
             ("clamps", self.clamps.to_string()),
             ("missed", self.missed.to_string()),
         ])
     }
 }
 
-#[derive(Debug, Serialize)]
-pub struct SwitchView {
-    pub enabled: bool,
+/// A vCPU that is on its way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StragglerView {
+    pub vm: u64,
+    pub vcpu: u32,
+    pub wanted: Set,
+    pub in_force: Set,
+    pub state: &'static str,
 }
 
-impl View for SwitchView {
+impl From<&Vcpu> for StragglerView {
+    fn from(vcpu: &Vcpu) -> Self {
+        Self {
+            vm: vcpu.vm,
+            vcpu: vcpu.id,
+            wanted: Set(vcpu.wanted),
+            in_force: Set(vcpu.in_force),
+            state: vcpu.state.name(),
+        }
+    }
+}
+
+/// What keeps the module in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Remaining {
+    pub stragglers: Vec<StragglerView>,
+    /// The ids of the VMs.
+    pub holders: Vec<u64>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct OnView {
+    pub enabled: bool,
+    pub stragglers: Vec<StragglerView>,
+}
+
+impl View for OnView {
     fn text(&self) -> String {
         pairs([("enabled", yes_or_no(self.enabled))])
+    }
+}
+
+#[derive(Debug, Serialize)]
+pub struct OffView {
+    pub enabled: bool,
+    #[serde(flatten)]
+    pub remaining: Remaining,
+}
+
+impl View for OffView {
+    fn text(&self) -> String {
+        pairs([("enabled", yes_or_no(self.enabled))])
+    }
+}
+
+#[derive(Debug, Serialize)]
+pub struct UnloadView {
+    pub unloaded: bool,
+}
+
+impl View for UnloadView {
+    fn text(&self) -> String {
+        pairs([("unloaded", yes_or_no(self.unloaded))])
+    }
+}
+
+/// What a command has changed, and who has not changed yet.
+#[derive(Debug, Serialize)]
+pub struct ChangeView<T> {
+    #[serde(flatten)]
+    pub changed: T,
+    pub stragglers: Vec<StragglerView>,
+}
+
+impl<T: View> View for ChangeView<T> {
+    fn text(&self) -> String {
+        self.changed.text()
     }
 }
 
@@ -422,10 +510,51 @@ pub struct VmView {
     pub requested: Set,
     pub effective: Set,
     pub clamped: Set,
+    #[serde(rename = "override")]
+    pub override_: Option<Set>,
+    pub refused: Set,
+    pub refusal: Option<&'static str>,
+    pub pending: u32,
+    pub adopted: bool,
+    pub vcpu_list: Vec<VcpuView>,
+    /// For people.
+    #[serde(skip)]
+    short_state: String,
+    #[serde(skip)]
+    state: String,
+}
+
+#[derive(Debug, Serialize)]
+pub struct VcpuView {
+    pub vcpu: u32,
+    #[serde(rename = "override")]
+    pub override_: Option<Set>,
+    pub wanted: Set,
+    pub in_force: Set,
+    pub state: &'static str,
+    pub refused: Set,
+    pub refusal: Option<&'static str>,
+    /// For people.
+    pub explanation: String,
 }
 
 impl VmView {
-    pub fn new(vm: device::Vm, cgroup: CgroupView) -> Self {
+    pub fn new(vm: device::Vm, vcpus: &[Vcpu], cgroup: CgroupView) -> Self {
+        let withheld = vm.withheld(vcpus);
+        let pending = (vm.pending > 0).then(|| format!("{} pending", vm.pending));
+        let refused = (!withheld.is_empty()).then(|| format!("{withheld} refused"));
+        let state = |refused: Option<String>| {
+            let parts: Vec<_> = pending.clone().into_iter().chain(refused).collect();
+            if parts.is_empty() {
+                "in force".into()
+            } else {
+                parts.join(", ")
+            }
+        };
+        let reason = vm.refusal.or_else(|| {
+            let reasons = vcpus.iter().filter(|vcpu| !vcpu.withheld().is_empty());
+            reasons.filter_map(|vcpu| vcpu.refusal).next()
+        });
         Self {
             id: vm.id,
             pid: vm.pid,
@@ -435,12 +564,52 @@ impl VmView {
             requested: Set(vm.requested),
             effective: Set(vm.effective),
             clamped: Set(vm.clamped),
+            override_: vm.disable.map(Set),
+            refused: Set(vm.refused),
+            refusal: vm.refusal.map(Refusal::name),
+            pending: vm.pending,
+            adopted: vm.adopted,
+            vcpu_list: vcpus.iter().map(VcpuView::from).collect(),
+            short_state: state(refused.clone()),
+            state: state(refused.map(|refused| match reason {
+                Some(reason) => format!("{refused}: {reason}"),
+                None => refused,
+            })),
         }
     }
 }
 
+impl From<&Vcpu> for VcpuView {
+    fn from(vcpu: &Vcpu) -> Self {
+        Self {
+            vcpu: vcpu.id,
+            override_: vcpu.disable.map(Set),
+            wanted: Set(vcpu.wanted),
+            in_force: Set(vcpu.in_force),
+            state: vcpu.state.name(),
+            refused: Set(vcpu.refused),
+            refusal: vcpu.refusal.map(Refusal::name),
+            explanation: vcpu.to_string(),
+        }
+    }
+}
+
+/// An override, or that there is none: "none" is a set.
+fn override_text(set: Option<Set>) -> String {
+    set.map_or_else(|| "-".into(), |set| set.to_string())
+}
+
 impl View for VmView {
     fn text(&self) -> String {
+        let vcpus = self.vcpu_list.iter().map(|vcpu| {
+            [
+                vcpu.vcpu.to_string(),
+                override_text(vcpu.override_),
+                vcpu.wanted.to_string(),
+                vcpu.in_force.to_string(),
+                vcpu.explanation.clone(),
+            ]
+        });
         pairs([
             ("id", self.id.to_string()),
             ("pid", self.pid.to_string()),
@@ -450,7 +619,11 @@ impl View for VmView {
             ("requested", self.requested.to_string()),
             ("effective", self.effective.to_string()),
             ("clamped", self.clamped.to_string()),
-        ])
+            ("override", override_text(self.override_)),
+            ("adopted", yes_or_no(self.adopted)),
+            ("state", self.state.clone()),
+        ]) + "\n"
+            + &table(["VCPU", "OVERRIDE", "WANTED", "IN FORCE", "STATE"], vcpus)
     }
 }
 
@@ -470,6 +643,8 @@ impl View for VmListView {
                 "REQUESTED",
                 "EFFECTIVE",
                 "CLAMPED",
+                "OVERRIDE",
+                "STATE",
                 "CGROUP",
             ],
             self.vms.iter().map(|vm| {
@@ -481,6 +656,8 @@ impl View for VmListView {
                     vm.requested.to_string(),
                     vm.effective.to_string(),
                     vm.clamped.to_string(),
+                    override_text(vm.override_),
+                    vm.short_state.clone(),
                     vm.cgroup.to_string(),
                 ]
             }),

@@ -24,6 +24,32 @@ pub const POLICY_DISABLE: u32 = 1 << 0;
 /// [`SET_POLICY`] changes `allow`.
 pub const POLICY_ALLOW: u32 = 1 << 1;
 
+/// The VMs that run stay as they are.
+pub const NEW_ONLY: u32 = 1 << 2;
+/// The command does not wait for vCPUs.
+pub const NO_WAIT: u32 = 1 << 3;
+
+/// Nothing is refused.
+pub const REFUSAL_NONE: u32 = 0;
+/// `hlt`, on Intel: the guest was told of KVM_FEATURE_PV_UNHALT.
+pub const REFUSAL_PV_UNHALT: u32 = 1;
+/// All but `hlt`: the guest's state is encrypted.
+pub const REFUSAL_PROTECTED: u32 = 2;
+/// All: KVM runs on Hyper-V and does not use the CPU's own VMCS.
+pub const REFUSAL_HYPERV: u32 = 3;
+
+/// The vCPU is as it should be, except for what is refused.
+pub const VCPU_IN_FORCE: u32 = 0;
+/// It is not in the guest, and will change before it is.
+pub const VCPU_NEXT_ENTRY: u32 = 1;
+/// It is in the guest, and was asked to leave it.
+pub const VCPU_PENDING: u32 = 2;
+/// It is in a guest of its guest, and will change when that one exits.
+pub const VCPU_IN_L2: u32 = 3;
+
+/// [`SET_VM`] and [`RESET_VM`] are for one vCPU, not the VM.
+pub const VM_VCPU: u32 = 1 << 0;
+
 /// Takes an [`Info`].
 pub const GET_INFO: Opcode = opcode::none(MAGIC, 0x00);
 /// Takes an [`Enabled`].
@@ -42,6 +68,14 @@ pub const RESOLVE_POLICY: Opcode = opcode::none(MAGIC, 0x14);
 pub const NEXT_VM: Opcode = opcode::none(MAGIC, 0x20);
 /// Takes a [`Vm`].
 pub const GET_VM: Opcode = opcode::none(MAGIC, 0x21);
+/// Takes an [`Override`].
+pub const SET_VM: Opcode = opcode::none(MAGIC, 0x22);
+/// Takes an [`Override`].
+pub const RESET_VM: Opcode = opcode::none(MAGIC, 0x23);
+/// Takes a [`Vcpu`].
+pub const NEXT_VCPU: Opcode = opcode::none(MAGIC, 0x24);
+/// Takes a [`Vcpu`].
+pub const GET_VCPU: Opcode = opcode::none(MAGIC, 0x25);
 
 /// The argument of a command: a structure that begins with its own size.
 ///
@@ -119,6 +153,8 @@ argument! {
         clamps: u64,
         policies: u64,
         vms: u64,
+        pending: u64,
+        holding: u64,
     }
 }
 
@@ -128,6 +164,8 @@ argument! {
         flags: u32,
         enabled: u32,
         reserved: u32,
+        timeout_ms: u32,
+        pending: u32,
     }
 }
 
@@ -140,6 +178,8 @@ argument! {
         cgroup_id: u64,
         disable: u64,
         allow: u64,
+        timeout_ms: u32,
+        pending: u32,
     }
 }
 
@@ -155,6 +195,41 @@ argument! {
         requested: u64,
         effective: u64,
         clamped: u64,
+        disable: u64,
+        refused: u64,
+        refusal: u32,
+        has_disable: u32,
+        pending: u32,
+        adopted: u32,
+    }
+}
+
+argument! {
+    /// `struct exitpolicy_vcpu`.
+    Vcpu {
+        flags: u32,
+        vm: u64,
+        vcpu_id: u32,
+        state: u32,
+        disable: u64,
+        wanted: u64,
+        in_force: u64,
+        refused: u64,
+        refusal: u32,
+        has_disable: u32,
+    }
+}
+
+argument! {
+    /// `struct exitpolicy_override`.
+    Override {
+        flags: u32,
+        vm: u64,
+        vcpu_id: u32,
+        timeout_ms: u32,
+        disable: u64,
+        pending: u32,
+        reserved: u32,
     }
 }
 
@@ -169,13 +244,32 @@ mod tests {
 
     /// What `tests/uapi.c` prints, from the Rust side.
     fn rust_layout() -> String {
-        let mut lines = Info::layout() + &Enabled::layout() + &Policy::layout() + &Vm::layout();
+        let mut lines = [
+            Info::layout(),
+            Enabled::layout(),
+            Policy::layout(),
+            Vm::layout(),
+            Vcpu::layout(),
+            Override::layout(),
+        ]
+        .concat();
         for (name, value) in [
             ("VENDOR_NONE", VENDOR_NONE),
             ("VENDOR_SVM", VENDOR_SVM),
             ("VENDOR_VMX", VENDOR_VMX),
             ("POLICY_DISABLE", POLICY_DISABLE),
             ("POLICY_ALLOW", POLICY_ALLOW),
+            ("NEW_ONLY", NEW_ONLY),
+            ("NO_WAIT", NO_WAIT),
+            ("REFUSAL_NONE", REFUSAL_NONE),
+            ("REFUSAL_PV_UNHALT", REFUSAL_PV_UNHALT),
+            ("REFUSAL_PROTECTED", REFUSAL_PROTECTED),
+            ("REFUSAL_HYPERV", REFUSAL_HYPERV),
+            ("VCPU_IN_FORCE", VCPU_IN_FORCE),
+            ("VCPU_NEXT_ENTRY", VCPU_NEXT_ENTRY),
+            ("VCPU_PENDING", VCPU_PENDING),
+            ("VCPU_IN_L2", VCPU_IN_L2),
+            ("VM_VCPU", VM_VCPU),
             ("GET_INFO", GET_INFO),
             ("SET_ENABLED", SET_ENABLED),
             ("SET_POLICY", SET_POLICY),
@@ -185,6 +279,10 @@ mod tests {
             ("RESOLVE_POLICY", RESOLVE_POLICY),
             ("NEXT_VM", NEXT_VM),
             ("GET_VM", GET_VM),
+            ("SET_VM", SET_VM),
+            ("RESET_VM", RESET_VM),
+            ("NEXT_VCPU", NEXT_VCPU),
+            ("GET_VCPU", GET_VCPU),
         ] {
             lines += &format!("{name} {value}\n");
         }
@@ -214,5 +312,7 @@ mod tests {
         assert_eq!(Info::new().size as usize, size_of::<Info>());
         assert_eq!(Policy::new().size as usize, size_of::<Policy>());
         assert_eq!(Policy::new().cgroup_fd, 0);
+        assert_eq!(Vcpu::new().size as usize, size_of::<Vcpu>());
+        assert_eq!(Override::new().size as usize, size_of::<Override>());
     }
 }

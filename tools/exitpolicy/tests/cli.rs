@@ -42,7 +42,7 @@ fn output(root: &Path, command: &mut Command) -> Run {
 }
 
 /// Everything that speaks to the module.
-const NEED_THE_MODULE: [&str; 10] = [
+const NEED_THE_MODULE: [&str; 13] = [
     "status",
     "on",
     "off",
@@ -53,6 +53,9 @@ const NEED_THE_MODULE: [&str; 10] = [
     "policy clear /",
     "vm list",
     "vm show 1",
+    "vm set 1 --disable hlt",
+    "vm reset 1",
+    "unload",
 ];
 
 #[test]
@@ -189,6 +192,36 @@ fn wrong_command_lines_are_refused() {
         ("vm show 0", "invalid value '0'"),
         ("vm show -1", "unexpected argument '-1'"),
         ("vm show 18446744073709551616", "invalid value"),
+        ("policy set / --new-only", "<--disable <SET>|--allow <SET>>"),
+        (
+            "policy show / --new-only",
+            "unexpected argument '--new-only'",
+        ),
+        ("off --timeout", "a value is required"),
+        ("off --timeout 0s", "no time at all"),
+        ("off --timeout 60001ms", "too long"),
+        ("off --timeout 5", "time unit needed"),
+        ("off --timeout -5s", "write a number and a unit"),
+        ("off --timeout 5s --no-wait", "cannot be used with"),
+        ("unload --timeout 61s", "from '1ms' to '60s'"),
+        ("unload --no-wait", "unexpected argument '--no-wait'"),
+        ("unload --new-only", "unexpected argument '--new-only'"),
+        ("vm set", "<ID>"),
+        ("vm set 1", "--disable <SET>"),
+        ("vm set 0 --disable hlt", "invalid value '0'"),
+        ("vm set 1 --disable halt", "not a set of exits"),
+        ("vm set 1 --disable inherit", "not a set of exits"),
+        ("vm set 1 --disable hlt --vcpu x", "invalid value 'x'"),
+        ("vm set 1 --disable hlt --vcpu 4294967296", "invalid value"),
+        ("vm set 1 --disable hlt --new-only", "unexpected argument"),
+        ("vm set 1 --disable hlt --timeout soon", "invalid value"),
+        ("vm reset", "<ID>"),
+        ("vm reset x", "invalid value 'x'"),
+        (
+            "vm reset 1 --disable hlt",
+            "unexpected argument '--disable'",
+        ),
+        ("vm reset 1 --vcpu", "a value is required"),
         ("completions tcsh", "possible values: bash, zsh, fish"),
     ] {
         let run = run(root.path(), arguments);
@@ -247,6 +280,21 @@ fn help_names_the_exit_codes() {
         assert!(
             run.stdout
                 .contains("  3  the module kvm_exitpolicy is not loaded\n"),
+            "{arguments}",
+        );
+    }
+    for arguments in [
+        "on",
+        "off",
+        "policy set",
+        "policy clear",
+        "vm set",
+        "vm reset",
+    ] {
+        let run = run(root.path(), &format!("{arguments} --help"));
+        assert!(
+            run.stdout
+                .contains("  5  done, but some vCPUs are still on their way"),
             "{arguments}",
         );
     }

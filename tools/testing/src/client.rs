@@ -37,6 +37,8 @@ use crate::{
     },
     vmm::{
         ensure_complete,
+        Action,
+        Guest,
         Report,
         Work, //
     }, //
@@ -128,6 +130,33 @@ impl Vmm {
         }
     }
 
+    /// KVM_CREATE_VM, and the memory of another VM.
+    pub fn create_twin(&mut self, vm: usize) -> Result<usize> {
+        match self.expect(&Request::CreateTwin { vm })? {
+            Answer::Number(vm) => Ok(vm),
+            other => bail!("not an answer: {other:?}"),
+        }
+    }
+
+    /// The memory of a VM.
+    pub fn guest(&mut self, vm: usize) -> Result<Guest> {
+        match self.expect(&Request::Memory { vm })? {
+            Answer::Number(fd) => Guest::of_process(self.pid(), fd.try_into()?),
+            other => bail!("not an answer: {other:?}"),
+        }
+    }
+
+    /// Guests are not told of KVM_FEATURE_PV_UNHALT.
+    pub fn hide_pv_unhalt(&mut self, vm: usize) -> Result<()> {
+        self.expect(&Request::HidePvUnhalt { vm }).map(drop)
+    }
+
+    /// KVM_X86_SET_MSR_FILTER: reads of `count` MSRs from `base` on fault.
+    pub fn deny_msr_reads(&mut self, vm: usize, base: u32, count: u32) -> Result<()> {
+        let request = Request::DenyMsrReads { vm, base, count };
+        self.expect(&request).map(drop)
+    }
+
     /// KVM_ENABLE_CAP(KVM_CAP_X86_DISABLE_EXITS).
     pub fn disable_exits(&mut self, vm: usize, exits: Exits) -> Result<()> {
         let bits = exits.bits();
@@ -209,6 +238,51 @@ impl Vmm {
     pub fn stop(&mut self, vcpu: Thread) -> Result<Report> {
         let vcpu = vcpu.number;
         self.report(&Request::Stop { vcpu })
+    }
+
+    /// Waits for the end of a run in the background.
+    pub fn wait(&mut self, vcpu: Thread) -> Result<Report> {
+        let vcpu = vcpu.number;
+        self.report(&Request::Wait { vcpu })
+    }
+
+    /// Whether a run in the background has ended, so that waiting for it takes no time.
+    pub fn ended(&mut self, vcpu: Thread) -> Result<bool> {
+        let vcpu = vcpu.number;
+        match self.expect(&Request::Ended { vcpu })? {
+            Answer::Number(ended) => Ok(ended != 0),
+            other => bail!("not an answer: {other:?}"),
+        }
+    }
+
+    /// Takes a vCPU that runs in the background out of KVM_RUN, wherever its guest is.
+    pub fn leave(&mut self, vcpu: Thread) -> Result<Report> {
+        let vcpu = vcpu.number;
+        self.report(&Request::Leave { vcpu })
+    }
+
+    /// Runs a vCPU in the background, from where it is.
+    pub fn go_on(&mut self, vcpu: Thread) -> Result<()> {
+        let vcpu = vcpu.number;
+        self.expect(&Request::GoOn { vcpu }).map(drop)
+    }
+
+    /// Does something to a vCPU that does not run.
+    pub fn act(&mut self, vcpu: Thread, action: Action) -> Result<()> {
+        let vcpu = vcpu.number;
+        self.expect(&Request::Act { vcpu, action }).map(drop)
+    }
+
+    /// Makes a vCPU begin some work when it runs.
+    pub fn prepare(&mut self, vcpu: Thread, work: Work) -> Result<()> {
+        let vcpu = vcpu.number;
+        self.expect(&Request::Prepare { vcpu, work }).map(drop)
+    }
+
+    /// Makes one vCPU go on where another one was.
+    pub fn migrate(&mut self, from: Thread, to: Thread) -> Result<()> {
+        let (from, to) = (from.number, to.number);
+        self.expect(&Request::Migrate { from, to }).map(drop)
     }
 
     fn report(&mut self, request: &Request) -> Result<Report> {

@@ -72,7 +72,7 @@ impl Vendor {
     /// has it.
     fn reasons(self, payload: Payload) -> &'static [&'static [u64]] {
         match (self, payload) {
-            (_, Payload::Nothing) => &[],
+            (_, Payload::Nothing | Payload::Timer | Payload::Ipi) => &[],
             (Self::Vmx, Payload::Hlt) => &[&[12]],
             (Self::Vmx, Payload::Cstate | Payload::Aperfmperf) => &[&[31]],
             (Self::Vmx, Payload::Mwait) => &[&[36], &[39]],
@@ -96,48 +96,46 @@ impl Counts {
             .collect()
     }
 
-    fn parse(histogram: &str) -> Result<Self> {
-        let mut counts = BTreeMap::new();
-        for line in histogram.lines().filter(|line| line.starts_with('{')) {
-            // { exit_reason:        120 } hitcount:       1000
-            let mut words = line
-                .split(|c: char| c.is_whitespace() || c == ':')
-                .filter(|w| !w.is_empty());
-            let mut after = |name: &str| -> Result<u64> {
-                words
-                    .find(|word| *word == name)
-                    .and_then(|_| words.next())
-                    .and_then(|word| word.parse().ok())
-                    .with_context(|| format!("no {name} in '{line}'"))
-            };
-            counts.insert(after("exit_reason")?, after("hitcount")?);
-        }
-        let dropped = histogram
-            .lines()
-            .find_map(|line| line.trim().strip_prefix("Dropped:"));
-        ensure!(
-            dropped.is_some_and(|count| count.trim() == "0"),
-            "the histogram dropped events:\n{histogram}"
-        );
-        Ok(Self(counts))
+    /// Those that there are in `later` and not yet here.
+    pub fn until(&self, later: &Self) -> Self {
+        let more = later.0.iter().map(|(reason, count)| {
+            let before = self.0.get(reason).copied().unwrap_or(0);
+            (*reason, count - before)
+        });
+        Self(more.filter(|(_, count)| *count > 0).collect())
+    }
+
+    /// Exits for the host's own interrupts.
+    pub fn of_host(&self, vendor: Vendor) -> u64 {
+        // From the same headers: INTR, NMI and SMI on SVM; exceptions or NMIs, and external
+        // interrupts on VMX.
+        let reasons: &[u64] = match vendor {
+            Vendor::Svm => &[0x60, 0x61, 0x62],
+            Vendor::Vmx => &[0, 1],
+        };
+        let count = |reason| self.0.get(reason).copied().unwrap_or(0);
+        reasons.iter().map(count).sum()
+    }
+
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.0.values().sum()
     }
 }
 
-/// Counts the exits of one thread.
-pub struct Counter {
+/// Counts events by the values of some of their fields.
+pub struct Histogram {
     instance: PathBuf,
+    event: String,
+    keys: Vec<&'static str>,
     trigger: String,
 }
 
-impl Counter {
-    const HISTOGRAM: &str = "hist:keys=exit_reason:size=256";
-    /// No reason on VMX, whose numbers end before.
-    const SVM_EXIT_MSR: u64 = 0x7c;
-
-    /// Begins to count. Writes of MSRs are left out: arming a timer is one, and SVM tells them from
-    /// reads by EXITINFO1 only.
-    pub fn start(tid: i32) -> Result<Self> {
-        let instance = Path::new(TRACEFS).join("instances/exitpolicy-test");
+impl Histogram {
+    /// Begins to count events, as "system/event", of which `filter` is true.
+    pub fn start(event: &str, keys: &[&'static str], filter: &str) -> Result<Self> {
+        let name = event.replace('/', "-");
+        let instance = Path::new(TRACEFS).join(format!("instances/exitpolicy-test-{name}"));
         match fs::create_dir(&instance) {
             // Left over from a test that failed half-way.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => fs::remove_dir(&instance)
@@ -145,34 +143,109 @@ impl Counter {
                 .context("cannot remake the tracefs instance")?,
             other => other.context("cannot make a tracefs instance")?,
         }
-        let counter = Self {
+        let histogram = Self {
             instance,
-            trigger: format!(
-                "{} if common_pid=={tid} && (exit_reason!={:#x} || info1==0)",
-                Self::HISTOGRAM,
-                Self::SVM_EXIT_MSR
-            ),
+            event: event.to_string(),
+            keys: keys.to_vec(),
+            trigger: format!("hist:keys={}:size=256 if {filter}", keys.join(",")),
         };
-        fs::write(counter.event("trigger"), &counter.trigger)
-            .context("cannot count kvm_exit; is kvm loaded?")?;
-        Ok(counter)
+        fs::write(histogram.file("trigger"), &histogram.trigger)
+            .with_context(|| format!("cannot count {event}; is kvm loaded?"))?;
+        Ok(histogram)
     }
 
-    /// What was counted.
-    pub fn finish(self) -> Result<Counts> {
-        Counts::parse(&fs::read_to_string(self.event("hist"))?)
+    /// What was counted so far, by the values of the keys.
+    pub fn read(&self) -> Result<BTreeMap<Vec<u64>, u64>> {
+        parse(&self.keys, &fs::read_to_string(self.file("hist"))?)
     }
 
-    fn event(&self, file: &str) -> PathBuf {
-        self.instance.join("events/kvm/kvm_exit").join(file)
+    fn file(&self, file: &str) -> PathBuf {
+        self.instance.join("events").join(&self.event).join(file)
     }
 }
 
-impl Drop for Counter {
+impl Drop for Histogram {
     fn drop(&mut self) {
-        // The trigger pins kvm.ko. What cannot be removed fails the next counter.
-        let _ = fs::write(self.event("trigger"), format!("!{}", self.trigger));
+        // The trigger pins kvm.ko. What cannot be removed fails the next one.
+        let _ = fs::write(self.file("trigger"), format!("!{}", self.trigger));
         let _ = fs::remove_dir(&self.instance);
+    }
+}
+
+fn parse(keys: &[&str], histogram: &str) -> Result<BTreeMap<Vec<u64>, u64>> {
+    let mut counts = BTreeMap::new();
+    for line in histogram.lines().filter(|line| line.starts_with('{')) {
+        // { common_pid:        77, exit_reason:        120 } hitcount:       1000
+        let mut words = line
+            .split(|c: char| c.is_whitespace() || c == ':' || c == ',')
+            .filter(|w| !w.is_empty());
+        let mut after = |name: &str| -> Result<u64> {
+            words
+                .find(|word| *word == name)
+                .and_then(|_| words.next())
+                .and_then(|word| word.parse().ok())
+                .with_context(|| format!("no {name} in '{line}'"))
+        };
+        let values = keys.iter().map(|key| after(key)).collect::<Result<_>>()?;
+        counts.insert(values, after("hitcount")?);
+    }
+    let dropped = histogram
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Dropped:"));
+    ensure!(
+        dropped.is_some_and(|count| count.trim() == "0"),
+        "the histogram dropped events:\n{histogram}"
+    );
+    Ok(counts)
+}
+
+/// Counts the exits of threads.
+pub struct Counter {
+    histogram: Histogram,
+    tids: Vec<i32>,
+}
+
+impl Counter {
+    const KEYS: [&str; 2] = ["common_pid", "exit_reason"];
+    /// No reason on VMX, whose numbers end before.
+    const SVM_EXIT_MSR: u64 = 0x7c;
+
+    /// Begins to count those of one thread.
+    pub fn start(tid: i32) -> Result<Self> {
+        Self::of(&[tid])
+    }
+
+    /// Begins to count. Writes of MSRs are left out: arming a timer is one, and SVM tells them from
+    /// reads by EXITINFO1 only.
+    pub fn of(tids: &[i32]) -> Result<Self> {
+        let mine: Vec<String> = tids
+            .iter()
+            .map(|tid| format!("common_pid=={tid}"))
+            .collect();
+        let filter = format!(
+            "({}) && (exit_reason!={:#x} || info1==0)",
+            mine.join("||"),
+            Self::SVM_EXIT_MSR
+        );
+        Ok(Self {
+            histogram: Histogram::start("kvm/kvm_exit", &Self::KEYS, &filter)?,
+            tids: tids.to_vec(),
+        })
+    }
+
+    /// What was counted so far, one for each thread.
+    pub fn read(&self) -> Result<Vec<Counts>> {
+        let all = self.histogram.read()?;
+        let of = |tid: &i32| {
+            let mine = all.iter().filter(|(keys, _)| keys[0] == *tid as u64);
+            Counts(mine.map(|(keys, count)| (keys[1], *count)).collect())
+        };
+        Ok(self.tids.iter().map(of).collect())
+    }
+
+    /// What was counted of the one thread, or the first.
+    pub fn finish(self) -> Result<Counts> {
+        Ok(self.read()?.swap_remove(0))
     }
 }
 
@@ -182,18 +255,28 @@ mod tests {
 
     #[test]
     fn histogram() {
-        let text = "# event histogram\n#\n# trigger info: hist:keys=exit_reason\n#\n\n\
-                    { exit_reason:        123 } hitcount:          1\n\
-                    { exit_reason:        120 } hitcount:       1000\n\n\
+        let text = "# event histogram\n#\n# trigger info: hist:keys=common_pid,exit_reason\n#\n\n\
+                    { common_pid:         77, exit_reason:        123 } hitcount:          1\n\
+                    { common_pid:         78, exit_reason:        120 } hitcount:       1000\n\n\
                     Totals:\n    Hits: 1001\n    Entries: 2\n    Dropped: 0\n";
-        let counts = Counts::parse(text).expect("a histogram");
-        assert_eq!(counts.of(Vendor::Svm, Payload::Hlt), [1000]);
-        assert_eq!(counts.of(Vendor::Svm, Payload::Mwait), [0, 0]);
+        let counts = parse(&Counter::KEYS, text).expect("a histogram");
+        let expected = [(vec![77, 123], 1), (vec![78, 120], 1000)];
+        assert!(counts.into_iter().eq(expected));
+    }
+
+    #[test]
+    fn exits_of_a_window() {
+        let before = Counts(BTreeMap::from([(0x78, 5), (0x60, 2)]));
+        let after = Counts(BTreeMap::from([(0x78, 9), (0x60, 2), (0x8a, 1)]));
+        let window = before.until(&after);
+        assert_eq!(window.of(Vendor::Svm, Payload::Hlt), [4]);
+        assert_eq!(window.of(Vendor::Svm, Payload::Mwait), [0, 1]);
+        assert_eq!((window.total(), window.of_host(Vendor::Svm)), (5, 0));
     }
 
     #[test]
     fn dropped_events_are_an_error() {
-        assert!(Counts::parse("Totals:\n    Hits: 1\n    Dropped: 1\n").is_err());
-        assert!(Counts::parse("").is_err());
+        assert!(parse(&[], "Totals:\n    Hits: 1\n    Dropped: 1\n").is_err());
+        assert!(parse(&[], "").is_err());
     }
 }

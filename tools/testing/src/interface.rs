@@ -55,6 +55,64 @@ pub struct VmView {
     pub requested: Exits,
     pub effective: Exits,
     pub clamped: Exits,
+    /// The override.
+    pub disable: Option<Exits>,
+    pub refused: Exits,
+    pub refusal: String,
+    pub pending: u32,
+    pub adopted: bool,
+    /// In the order of their ids.
+    pub each: Vec<VcpuView>,
+}
+
+/// A vCPU as the module shows it, in all interfaces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VcpuView {
+    /// The one of KVM_CREATE_VCPU.
+    pub id: u32,
+    /// Its own override.
+    pub disable: Option<Exits>,
+    pub wanted: Exits,
+    pub in_force: Exits,
+    pub state: String,
+}
+
+/// The state of a vCPU that is as it should be.
+pub const IN_FORCE: &str = "in force";
+/// The state of a vCPU that is not in the guest, and changes before it is.
+pub const NEXT_ENTRY: &str = "at next entry";
+
+impl VcpuView {
+    /// A vCPU that has what it should have, and no override.
+    pub fn settled(id: u32, wanted: Exits) -> Self {
+        Self {
+            id,
+            disable: None,
+            wanted,
+            in_force: wanted,
+            state: IN_FORCE.to_string(),
+        }
+    }
+}
+
+impl VmView {
+    /// One of its vCPUs.
+    pub fn vcpu(&self, id: u32) -> Result<&VcpuView> {
+        let vcpu = self.each.iter().find(|vcpu| vcpu.id == id);
+        vcpu.with_context(|| format!("no vCPU {id} in {self:?}"))
+    }
+}
+
+fn refusal(number: u32) -> Result<String> {
+    const NAMES: [&str; 4] = ["none", "pv_unhalt", "protected", "hyperv"];
+    let name = NAMES.get(number as usize);
+    Ok(name.context("unknown refusal")?.to_string())
+}
+
+fn state(number: u32) -> Result<String> {
+    const NAMES: [&str; 4] = [IN_FORCE, NEXT_ENTRY, "pending", "pending: in L2"];
+    let name = NAMES.get(number as usize);
+    Ok(name.context("unknown state")?.to_string())
 }
 
 fn exits(bits: u64) -> Result<Exits> {
@@ -102,8 +160,26 @@ pub mod sysfs {
 
     /// One VM.
     pub fn vm(id: u64) -> Result<VmView> {
-        let directory = Path::new(SYSFS).join("vms").join(id.to_string());
+        let directory = vm_directory(id);
         let file = |name: &str| read(directory.join(name));
+        let mut each = Vec::new();
+        for entry in fs::read_dir(&directory)? {
+            let name = entry?.file_name();
+            let name = name.to_str().context("not UTF-8")?;
+            // There is the file "vcpus", too.
+            let Some(id) = name.strip_prefix("vcpu").and_then(|id| id.parse().ok()) else {
+                continue;
+            };
+            let file = |file: &str| read(directory.join(name).join(file));
+            each.push(VcpuView {
+                id,
+                disable: override_in(&file("disable")?)?,
+                wanted: file("wanted")?.parse()?,
+                in_force: file("in_force")?.parse()?,
+                state: file("state")?,
+            });
+        }
+        each.sort_unstable_by_key(|vcpu| vcpu.id);
         Ok(VmView {
             id,
             pid: file("pid")?.parse()?,
@@ -113,7 +189,41 @@ pub mod sysfs {
             requested: file("requested")?.parse()?,
             effective: file("effective")?.parse()?,
             clamped: file("clamped")?.parse()?,
+            disable: override_in(&file("disable")?)?,
+            refused: file("refused")?.parse()?,
+            refusal: file("refusal")?,
+            pending: file("pending")?.parse()?,
+            adopted: match file("adopted")?.as_str() {
+                "0" => false,
+                "1" => true,
+                other => bail!("adopted is {other}"),
+            },
+            each,
         })
+    }
+
+    /// A set, or "inherit" for no override.
+    fn override_in(text: &str) -> Result<Option<Exits>> {
+        Ok(match text {
+            "inherit" => None,
+            set => Some(set.parse()?),
+        })
+    }
+
+    /// Where a VM is.
+    pub fn vm_directory(id: u64) -> PathBuf {
+        Path::new(SYSFS).join("vms").join(id.to_string())
+    }
+
+    /// Gives a VM, or one vCPU of it, an override, or takes it away.
+    pub fn set_override(vm: u64, vcpu: Option<u32>, disable: Option<Exits>) -> Result<()> {
+        let mut path = vm_directory(vm);
+        if let Some(vcpu) = vcpu {
+            path.push(format!("vcpu{vcpu}"));
+        }
+        let text = disable.map_or("inherit".to_string(), |set| set.to_string());
+        let path = path.join("disable");
+        fs::write(&path, text).with_context(|| format!("{path:?}"))
     }
 
     /// `attach`, then the two sets, as a shell script would.
@@ -160,7 +270,13 @@ pub mod sysfs {
 pub mod ioctl {
     use super::*;
 
-    fn view(vm: &uapi::Vm) -> Result<VmView> {
+    fn view(device: &Device, vm: &uapi::Vm) -> Result<VmView> {
+        let each = device.vcpus(vm.id)?;
+        let disable = |has: u32, set: u64| match has {
+            0 => Ok(None),
+            1 => exits(set).map(Some),
+            other => bail!("has_disable is {other}"),
+        };
         Ok(VmView {
             id: vm.id,
             pid: vm.pid.try_into()?,
@@ -170,12 +286,34 @@ pub mod ioctl {
             requested: exits(vm.requested)?,
             effective: exits(vm.effective)?,
             clamped: exits(vm.clamped)?,
+            disable: disable(vm.has_disable, vm.disable)?,
+            refused: exits(vm.refused)?,
+            refusal: refusal(vm.refusal)?,
+            pending: vm.pending,
+            adopted: match vm.adopted {
+                0 => false,
+                1 => true,
+                other => bail!("adopted is {other}"),
+            },
+            each: each
+                .iter()
+                .map(|vcpu| {
+                    Ok(VcpuView {
+                        id: vcpu.vcpu_id,
+                        disable: disable(vcpu.has_disable, vcpu.disable)?,
+                        wanted: exits(vcpu.wanted)?,
+                        in_force: exits(vcpu.in_force)?,
+                        state: state(vcpu.state)?,
+                    })
+                })
+                .collect::<Result<_>>()?,
         })
     }
 
     /// Every VM.
     pub fn vms() -> Result<Vec<VmView>> {
-        Device::open()?.vms()?.iter().map(view).collect()
+        let device = Device::open()?;
+        device.vms()?.iter().map(|vm| view(&device, vm)).collect()
     }
 
     /// One VM.
@@ -184,7 +322,35 @@ pub mod ioctl {
             id,
             ..Default::default()
         };
-        view(&Device::open()?.vm(uapi::GET_VM, argument)?)
+        let device = Device::open()?;
+        let vm = device.vm(uapi::GET_VM, argument)?;
+        view(&device, &vm)
+    }
+
+    /// Gives a VM, or one vCPU of it, an override, and says how many vCPUs were waited for in vain.
+    pub fn set_override(vm: u64, vcpu: Option<u32>, disable: Exits) -> io::Result<u32> {
+        let argument = uapi::Override {
+            disable: disable.bits(),
+            ..override_of(vm, vcpu)
+        };
+        let device = Device::open().map_err(io::Error::other)?;
+        Ok(device.overriding(uapi::SET_VM, argument)?.pending)
+    }
+
+    /// Takes an override away, as [`set_override`] gives it.
+    pub fn reset_override(vm: u64, vcpu: Option<u32>) -> io::Result<u32> {
+        let device = Device::open().map_err(io::Error::other)?;
+        let argument = override_of(vm, vcpu);
+        Ok(device.overriding(uapi::RESET_VM, argument)?.pending)
+    }
+
+    fn override_of(vm: u64, vcpu: Option<u32>) -> uapi::Override {
+        uapi::Override {
+            vm,
+            flags: if vcpu.is_some() { uapi::VM_VCPU } else { 0 },
+            vcpu_id: vcpu.unwrap_or(0),
+            ..Default::default()
+        }
     }
 
     /// Both sets at once.
@@ -335,7 +501,8 @@ pub fn only_vm() -> Result<VmView> {
     let by_ioctl = vms[0].clone();
     let id = by_ioctl.id;
     // Directories are made by a worker, and are there before their files are.
-    if !soon(|| Ok(sysfs::vm_ids()? == [id] && sysfs::vm(id).is_ok()))? {
+    let complete = || sysfs::vm(id).is_ok_and(|vm| vm.each.len() == by_ioctl.each.len());
+    if !soon(|| Ok(sysfs::vm_ids()? == [id] && complete()))? {
         bail!(
             "sysfs has the VMs {:?}, not just {id}",
             sysfs::vm_ids().unwrap_or_default()
@@ -378,7 +545,7 @@ pub fn ensure_empty() -> Result<()> {
     let empty = soon(|| {
         let info = device.info()?;
         let sysfs = sysfs::vm_ids()?.is_empty() && sysfs::policy_ids()?.is_empty();
-        Ok(sysfs && info.vms == 0 && info.policies == 0)
+        Ok(sysfs && (info.vms, info.policies, info.pending, info.holding) == (0, 0, 0, 0))
     })?;
     ensure!(
         empty,
@@ -397,18 +564,29 @@ pub struct Snapshot {
     info: uapi::Info,
     policies: Vec<uapi::Policy>,
     vms: Vec<uapi::Vm>,
+    vcpus: Vec<Vec<uapi::Vcpu>>,
 }
 
 impl Snapshot {
     /// As it is now.
     pub fn take() -> Result<Self> {
         let device = Device::open()?;
+        let vms = device.vms()?;
         Ok(Self {
             sysfs: sysfs::snapshot()?,
             info: device.info()?,
             policies: device.policies()?,
-            vms: device.vms()?,
+            vcpus: vms
+                .iter()
+                .map(|vm| device.vcpus(vm.id))
+                .collect::<io::Result<_>>()?,
+            vms,
         })
+    }
+
+    /// The id of the first VM there was, or 0.
+    pub fn first_vm(&self) -> u64 {
+        self.vms.first().map_or(0, |vm| vm.id)
     }
 
     /// Fails if something is not as it was.
@@ -422,11 +600,28 @@ impl Snapshot {
     }
 }
 
+/// Gives every VM what its VMM asked for, and fails unless all of them have it, a moment from now
+/// at the latest. What was changed keeps the module from being unloaded.
+pub fn drain() -> Result<()> {
+    let device = Device::open()?;
+    device.set_enabled(false)?;
+    let drained = soon(|| {
+        let info = device.info()?;
+        Ok(info.holding == 0 && info.pending == 0)
+    })?;
+    ensure!(
+        drained,
+        "VMs do not get what they had: {:?}",
+        ioctl::vms()?
+    );
+    Ok(())
+}
+
 /// Sets the master switch back to on when dropped.
 pub struct SwitchedOff(());
 
 impl SwitchedOff {
-    /// Policies are applied to no new VM.
+    /// Policies are applied to no VM.
     pub fn new() -> Result<Self> {
         Device::open()?.set_enabled(false)?;
         Ok(Self(()))

@@ -4,6 +4,10 @@
 //!
 //! The code is assembled into this program and copied into the guest. It finds its [`Params`] at
 //! the address in R15, which nothing here ever changes, and ends with a write to [`DONE_PORT`].
+//!
+//! Between two executions a guest may have to wait at a gate ([`Params::until`]) until the next one
+//! is allowed. It spins there without an exit of its own making, so what happens between two
+//! looks at [`Params::executed`] while the guest stands there can be told exactly.
 
 use std::{
     mem::offset_of,
@@ -18,8 +22,15 @@ use serde::{
 
 /// The port that the guest writes to when it is done.
 pub const DONE_PORT: u16 = 0xf4;
+/// What it writes there in the end.
+pub const DONE: u8 = 0;
+/// What it writes there when it was begun by INIT and SIPI.
+pub const DONE_BY_SIPI: u8 = 1;
 /// The interrupt that ends a HLT or MWAIT.
 pub const TIMER_VECTOR: usize = 0x40;
+/// An exception that only a VMM brings about.
+pub const DE_VECTOR: usize = 0;
+pub const NMI_VECTOR: usize = 2;
 /// RDMSR of something that the CPU or KVM does not have.
 pub const GP_VECTOR: usize = 13;
 /// MONITOR or MWAIT where the CPU or KVM does not have it.
@@ -32,7 +43,7 @@ pub const UD_VECTOR: usize = 6;
 pub enum Payload {
     /// MONITOR and MWAIT, ended by the LAPIC's timer.
     Mwait = 0,
-    /// HLT, ended by the LAPIC's timer.
+    /// HLT, ended by the LAPIC's timer, or, with 0 ticks, by what others send.
     Hlt = 1,
     /// PAUSE in a tight loop.
     Pause = 2,
@@ -42,6 +53,10 @@ pub enum Payload {
     Aperfmperf = 4,
     /// Nothing: the guest only tells what CPUID it sees.
     Nothing = 5,
+    /// A loop without exits, ended by the LAPIC's timer.
+    Timer = 6,
+    /// A write of [`Params::icr`] to the LAPIC's interrupt command register.
+    Ipi = 7,
 }
 
 impl Payload {
@@ -62,7 +77,7 @@ impl Payload {
             Self::Pause => Exits::PAUSE,
             Self::Cstate => Exits::CSTATE,
             Self::Aperfmperf => Exits::APERFMPERF,
-            Self::Nothing => Exits::NONE,
+            Self::Nothing | Self::Timer | Self::Ipi => Exits::NONE,
         }
     }
 }
@@ -92,6 +107,16 @@ pub struct Params {
     pub cpuid6_ecx: u32,
     /// Set by the VMM to end the run between two executions, where the LAPIC owes nothing.
     pub stop: u32,
+    /// How many executions the guest may end, for now.
+    pub until: u32,
+    /// Executions that have begun, the one that did not end yet included.
+    pub begun: u32,
+    /// NMIs so far.
+    pub nmis: u32,
+    /// #DE so far.
+    pub exceptions: u32,
+    /// Low and high half of what [`Payload::Ipi`] writes.
+    pub icr: [u32; 2],
 }
 
 core::arch::global_asm!(
@@ -139,12 +164,24 @@ core::arch::global_asm!(
     "je 40f",
     "cmp eax, {aperfmperf}",
     "je 50f",
+    "cmp eax, {timer}",
+    "je 65f",
+    "cmp eax, {ipi}",
+    "je 75f",
     "jmp 9f",
+    // The gate.
+    "80:",
+    "cmp dword ptr [r15 + {stop}], 0",
+    "jne 9f",
+    "mov eax, [r15 + {executed}]",
+    "cmp eax, [r15 + {until}]",
+    "jae 80b",
+    "inc dword ptr [r15 + {begun}]",
+    "ret",
     // STI keeps interrupts off for one more instruction, so the timer cannot end a HLT or MWAIT
     // before it began.
     "70:",
-    "cmp dword ptr [r15 + {stop}], 0",
-    "jne 9f",
+    "call 80b",
     "mov ecx, 0x838", // timer initial count
     "mov eax, [r15 + {ticks}]",
     "xor edx, edx",
@@ -163,8 +200,7 @@ core::arch::global_asm!(
     "jnz 70b",
     "jmp 9f",
     "20:",
-    "cmp dword ptr [r15 + {stop}], 0",
-    "jne 9f",
+    "call 80b",
     "mov ecx, 0x838",
     "mov eax, [r15 + {ticks}]",
     "xor edx, edx",
@@ -177,8 +213,7 @@ core::arch::global_asm!(
     "jnz 20b",
     "jmp 9f",
     "30:",
-    "cmp dword ptr [r15 + {stop}], 0",
-    "jne 9f",
+    "call 80b",
     "pause",
     "inc dword ptr [r15 + {executed}]",
     "dec ebx",
@@ -202,14 +237,40 @@ core::arch::global_asm!(
     "jmp 50b",
     // One RDMSR; the last one does not return.
     "60:",
+    "call 80b",
     "rdmsr",
     "inc dword ptr [r15 + {executed}]",
     "dec ebx",
     "jz 9f",
     "ret",
+    "65:",
+    "call 80b",
+    "mov esi, [r15 + {interrupts}]",
+    "mov ecx, 0x838",
+    "mov eax, [r15 + {ticks}]",
+    "xor edx, edx",
+    "wrmsr",
+    "sti",
+    "66:",
+    "cmp esi, [r15 + {interrupts}]",
+    "je 66b",
+    "cli",
+    "inc dword ptr [r15 + {executed}]",
+    "dec ebx",
+    "jnz 65b",
+    "jmp 9f",
+    "75:",
+    "call 80b",
+    "mov ecx, 0x830",
+    "mov eax, [r15 + {icr}]",
+    "mov edx, [r15 + {icr} + 4]",
+    "wrmsr",
+    "inc dword ptr [r15 + {executed}]",
+    "dec ebx",
+    "jnz 75b",
     "9:",
     "mov dx, {done_port}",
-    "xor eax, eax",
+    "mov eax, {done}",
     "out dx, al",
     "jmp 9b",
     ".globl exitpolicy_guest_timer",
@@ -237,6 +298,21 @@ core::arch::global_asm!(
     "inc dword ptr [r15 + {ud}]",
     "add qword ptr [rsp], 3", // past MONITOR or MWAIT
     "iretq",
+    ".globl exitpolicy_guest_nmi",
+    "exitpolicy_guest_nmi:",
+    "inc dword ptr [r15 + {nmis}]",
+    "iretq",
+    ".globl exitpolicy_guest_de",
+    "exitpolicy_guest_de:",
+    "inc dword ptr [r15 + {exceptions}]",
+    "iretq",
+    // Where a vCPU begins after SIPI, in real mode, so in bytes that mean the same there.
+    ".globl exitpolicy_guest_sipi",
+    "exitpolicy_guest_sipi:",
+    "mov al, {done_by_sipi}",
+    "out {done_port}, al",
+    "2:",
+    "jmp 2b",
     ".globl exitpolicy_guest_end",
     "exitpolicy_guest_end:",
     ".popsection",
@@ -251,6 +327,11 @@ core::arch::global_asm!(
     cpuid1_ecx = const offset_of!(Params, cpuid1_ecx),
     cpuid6_ecx = const offset_of!(Params, cpuid6_ecx),
     stop = const offset_of!(Params, stop),
+    until = const offset_of!(Params, until),
+    begun = const offset_of!(Params, begun),
+    nmis = const offset_of!(Params, nmis),
+    exceptions = const offset_of!(Params, exceptions),
+    icr = const offset_of!(Params, icr),
     // A cache line of its own, so that nothing but an interrupt ends the MWAIT.
     monitored = const 0x400,
     mwait = const Payload::Mwait as u32,
@@ -258,8 +339,12 @@ core::arch::global_asm!(
     pause = const Payload::Pause as u32,
     cstate = const Payload::Cstate as u32,
     aperfmperf = const Payload::Aperfmperf as u32,
+    timer = const Payload::Timer as u32,
+    ipi = const Payload::Ipi as u32,
     timer_vector = const TIMER_VECTOR,
     done_port = const DONE_PORT,
+    done = const DONE,
+    done_by_sipi = const DONE_BY_SIPI,
 );
 
 extern "C" {
@@ -267,6 +352,9 @@ extern "C" {
     static exitpolicy_guest_timer: u8;
     static exitpolicy_guest_gp: u8;
     static exitpolicy_guest_ud: u8;
+    static exitpolicy_guest_nmi: u8;
+    static exitpolicy_guest_de: u8;
+    static exitpolicy_guest_sipi: u8;
     static exitpolicy_guest_end: u8;
 }
 
@@ -274,7 +362,9 @@ extern "C" {
 pub struct Code {
     pub bytes: &'static [u8],
     /// Vector, and offset of its handler in `bytes`.
-    pub handlers: [(usize, usize); 3],
+    pub handlers: [(usize, usize); 5],
+    /// What a vCPU executes after SIPI.
+    pub sipi: &'static [u8],
 }
 
 /// The code that every guest runs.
@@ -287,10 +377,13 @@ pub fn code() -> Code {
     let bytes = unsafe { slice::from_raw_parts(start, length) };
     Code {
         bytes,
+        sipi: &bytes[offset(&raw const exitpolicy_guest_sipi)..],
         handlers: [
             (TIMER_VECTOR, offset(&raw const exitpolicy_guest_timer)),
             (GP_VECTOR, offset(&raw const exitpolicy_guest_gp)),
             (UD_VECTOR, offset(&raw const exitpolicy_guest_ud)),
+            (NMI_VECTOR, offset(&raw const exitpolicy_guest_nmi)),
+            (DE_VECTOR, offset(&raw const exitpolicy_guest_de)),
         ],
     }
 }

@@ -34,6 +34,7 @@ use std::{
 use anyhow::{
     anyhow,
     bail,
+    ensure,
     Context,
     Result, //
 };
@@ -66,6 +67,7 @@ use serde::{
 };
 
 use crate::vmm::{
+    Action,
     Report,
     Vcpu,
     Vm,
@@ -78,6 +80,14 @@ use crate::vmm::{
 pub enum Request {
     /// KVM_CREATE_VM and what belongs to it. Answered by [`Answer::Number`].
     CreateVm,
+    /// KVM_CREATE_VM, and the memory of another VM. Answered by [`Answer::Number`].
+    CreateTwin { vm: usize },
+    /// The file of a VM's memory. Answered by [`Answer::Number`].
+    Memory { vm: usize },
+    /// Guests are not told of KVM_FEATURE_PV_UNHALT.
+    HidePvUnhalt { vm: usize },
+    /// KVM_X86_SET_MSR_FILTER.
+    DenyMsrReads { vm: usize, base: u32, count: u32 },
     /// KVM_ENABLE_CAP(KVM_CAP_X86_DISABLE_EXITS).
     DisableExits { vm: usize, bits: u64 },
     /// A new thread, for one vCPU. Answered by [`Answer::Thread`].
@@ -99,6 +109,21 @@ pub enum Request {
     Progress { vcpu: usize },
     /// Stops a vCPU that runs in the background. Answered by [`Answer::Report`].
     Stop { vcpu: usize },
+    /// Waits for the end of a run in the background. Answered by [`Answer::Report`].
+    Wait { vcpu: usize },
+    /// Whether a run in the background has ended: 1 or 0. Answered by [`Answer::Number`].
+    Ended { vcpu: usize },
+    /// Takes a vCPU that runs in the background out of KVM_RUN, wherever its guest is. Answered by
+    /// [`Answer::Report`].
+    Leave { vcpu: usize },
+    /// Runs a vCPU in the background, from where it is.
+    GoOn { vcpu: usize },
+    /// Does something to a vCPU that does not run.
+    Act { vcpu: usize, action: Action },
+    /// Makes a vCPU begin some work when it runs.
+    Prepare { vcpu: usize, work: Work },
+    /// Makes one vCPU go on where another one was; both do not run.
+    Migrate { from: usize, to: usize },
     /// Closes a VM and its vCPUs.
     Close { vm: usize },
     /// Forks, with all file descriptors inherited. The child tries KVM_CREATE_VCPU and
@@ -148,6 +173,8 @@ struct VcpuThread {
     vcpu: Option<(usize, usize)>,
     /// The end of a run in the background.
     running: Option<Receiver<Result<Report>>>,
+    /// Whether it has come.
+    ended: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
@@ -195,6 +222,21 @@ impl Server {
                 self.vms.insert(self.created, Arc::new(Vm::new()?));
                 Ok(Answer::Number(self.created))
             }
+            Request::CreateTwin { vm } => {
+                let twin = self.vm(vm)?.twin()?;
+                self.created += 1;
+                self.vms.insert(self.created, Arc::new(twin));
+                Ok(Answer::Number(self.created))
+            }
+            Request::Memory { vm } => Ok(Answer::Number(self.vm(vm)?.memory().try_into()?)),
+            Request::HidePvUnhalt { vm } => {
+                self.vm(vm)?.hide_pv_unhalt();
+                Ok(Answer::Done)
+            }
+            Request::DenyMsrReads { vm, base, count } => {
+                self.vm(vm)?.deny_msr_reads(base, count)?;
+                Ok(Answer::Done)
+            }
             Request::DisableExits { vm, bits } => {
                 self.vm(vm)?.disable_exits(bits)?;
                 Ok(Answer::Done)
@@ -219,6 +261,32 @@ impl Server {
             }
             Request::Progress { vcpu } => Ok(Answer::Number(self.progress(vcpu)? as usize)),
             Request::Stop { vcpu } => self.wait(vcpu, true),
+            Request::Wait { vcpu } => self.wait(vcpu, false),
+            Request::Ended { vcpu } => {
+                let thread = self.thread(vcpu)?;
+                Ok(Answer::Number(thread.ended.load(Ordering::Acquire).into()))
+            }
+            Request::Leave { vcpu } => {
+                let hear = self.taken(vcpu)?;
+                self.give_up(vcpu, &hear)
+            }
+            Request::GoOn { vcpu } => {
+                self.start_with(vcpu, Vcpu::go_on)?;
+                Ok(Answer::Done)
+            }
+            Request::Act { vcpu, action } => {
+                self.with_vcpu(vcpu, move |vcpu| vcpu.act(action))?;
+                Ok(Answer::Done)
+            }
+            Request::Prepare { vcpu, work } => {
+                self.with_vcpu(vcpu, move |vcpu| vcpu.prepare(work))?;
+                Ok(Answer::Done)
+            }
+            Request::Migrate { from, to } => {
+                let state = self.with_vcpu(from, Vcpu::save)?;
+                self.with_vcpu(to, move |vcpu| vcpu.restore(&state))?;
+                Ok(Answer::Done)
+            }
             Request::Close { vm } => self.close(vm),
             Request::Fork { vm } => self.fork(vm),
         }
@@ -249,6 +317,7 @@ impl Server {
             give_up: Arc::new(AtomicBool::new(false)),
             vcpu: None,
             running: None,
+            ended: Arc::new(AtomicBool::new(false)),
         });
         Ok(Answer::Thread {
             thread: self.threads.len() - 1,
@@ -285,20 +354,56 @@ impl Server {
     }
 
     fn start(&mut self, number: usize, work: Work) -> Result<()> {
+        self.start_with(number, move |vcpu, give_up| vcpu.run(work, give_up))
+    }
+
+    fn start_with(
+        &mut self,
+        number: usize,
+        run: impl FnOnce(&mut Vcpu, &AtomicBool) -> Result<Report> + Send + 'static,
+    ) -> Result<()> {
         let (say, hear) = mpsc::channel();
         let thread = self.threads.get_mut(number).context("no such thread")?;
         thread.give_up.store(false, Ordering::Release);
-        let give_up = thread.give_up.clone();
+        thread.ended.store(false, Ordering::Release);
+        let (give_up, ended) = (thread.give_up.clone(), thread.ended.clone());
         let job: Job = Box::new(move |slot| {
             let report = match slot {
-                Some(vcpu) => vcpu.run(work, &give_up),
+                Some(vcpu) => run(vcpu, &give_up),
                 None => Err(anyhow!("the thread has no vCPU")),
             };
             let _ = say.send(report);
+            ended.store(true, Ordering::Release);
         });
         thread.jobs.send(job).map_err(lost)?;
         thread.running = Some(hear);
         Ok(())
+    }
+
+    /// Does something to a vCPU, in its thread.
+    fn with_vcpu<T: Send + 'static>(
+        &self,
+        number: usize,
+        what: impl FnOnce(&mut Vcpu) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let thread = self.thread(number)?;
+        ensure!(thread.running.is_none(), "the vCPU runs");
+        let (say, hear) = mpsc::channel();
+        let job: Job = Box::new(move |slot| {
+            let result = match slot {
+                Some(vcpu) => what(vcpu),
+                None => Err(anyhow!("the thread has no vCPU")),
+            };
+            let _ = say.send(result);
+        });
+        thread.jobs.send(job).map_err(lost)?;
+        hear.recv()?
+    }
+
+    /// The end of a run in the background, which is taken as over from here on.
+    fn taken(&mut self, number: usize) -> Result<Receiver<Result<Report>>> {
+        let thread = self.threads.get_mut(number).context("no such thread")?;
+        thread.running.take().context("the vCPU does not run")
     }
 
     fn progress(&self, number: usize) -> Result<u32> {
@@ -312,8 +417,7 @@ impl Server {
     /// Waits for the end of a run. Asks for it, if `stop`, and gives up on a guest that makes no
     /// progress.
     fn wait(&mut self, number: usize, stop: bool) -> Result<Answer> {
-        let thread = self.threads.get_mut(number).context("no such thread")?;
-        let hear = thread.running.take().context("the vCPU does not run")?;
+        let hear = self.taken(number)?;
         let thread = self.thread(number)?;
         let (mut before, mut looks) = (None, 0);
         while looks < LOOKS {
@@ -331,6 +435,12 @@ impl Server {
                 }
             }
         }
+        self.give_up(number, &hear)
+    }
+
+    /// Makes KVM_RUN return.
+    fn give_up(&self, number: usize, hear: &Receiver<Result<Report>>) -> Result<Answer> {
+        let thread = self.thread(number)?;
         loop {
             // Again and again: a signal that comes before KVM_RUN interrupts nothing.
             thread.give_up.store(true, Ordering::Release);

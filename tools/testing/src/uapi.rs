@@ -28,22 +28,44 @@ pub const NEXT_POLICY: u64 = 0xbb13;
 pub const RESOLVE_POLICY: u64 = 0xbb14;
 pub const NEXT_VM: u64 = 0xbb20;
 pub const GET_VM: u64 = 0xbb21;
+pub const SET_VM: u64 = 0xbb22;
+pub const RESET_VM: u64 = 0xbb23;
+pub const NEXT_VCPU: u64 = 0xbb24;
+pub const GET_VCPU: u64 = 0xbb25;
 
-/// Every command and the size of its argument.
-pub const COMMANDS: [(u64, usize); 9] = [
-    (GET_INFO, size_of::<Info>()),
-    (SET_ENABLED, size_of::<Enabled>()),
-    (SET_POLICY, size_of::<Policy>()),
-    (GET_POLICY, size_of::<Policy>()),
-    (CLEAR_POLICY, size_of::<Policy>()),
-    (NEXT_POLICY, size_of::<Policy>()),
-    (RESOLVE_POLICY, size_of::<Policy>()),
-    (NEXT_VM, size_of::<Vm>()),
-    (GET_VM, size_of::<Vm>()),
+/// Every command, the size of its argument, and the least size that it takes: that of the first
+/// version of the structure.
+pub const COMMANDS: [(u64, usize, usize); 13] = [
+    (GET_INFO, size_of::<Info>(), 64),
+    (SET_ENABLED, size_of::<Enabled>(), 16),
+    (SET_POLICY, size_of::<Policy>(), 40),
+    (GET_POLICY, size_of::<Policy>(), 40),
+    (CLEAR_POLICY, size_of::<Policy>(), 40),
+    (NEXT_POLICY, size_of::<Policy>(), 40),
+    (RESOLVE_POLICY, size_of::<Policy>(), 40),
+    (NEXT_VM, size_of::<Vm>(), 64),
+    (GET_VM, size_of::<Vm>(), 64),
+    (SET_VM, size_of::<Override>(), 40),
+    (RESET_VM, size_of::<Override>(), 40),
+    (NEXT_VCPU, size_of::<Vcpu>(), 64),
+    (GET_VCPU, size_of::<Vcpu>(), 64),
 ];
 
 pub const POLICY_DISABLE: u32 = 1 << 0;
 pub const POLICY_ALLOW: u32 = 1 << 1;
+pub const NEW_ONLY: u32 = 1 << 2;
+pub const NO_WAIT: u32 = 1 << 3;
+pub const VM_VCPU: u32 = 1 << 0;
+
+pub const REFUSAL_NONE: u32 = 0;
+pub const REFUSAL_PV_UNHALT: u32 = 1;
+
+pub const VCPU_IN_FORCE: u32 = 0;
+pub const VCPU_NEXT_ENTRY: u32 = 1;
+pub const VCPU_PENDING: u32 = 2;
+
+/// The longest that a command may wait, in ms.
+pub const MAX_TIMEOUT: u32 = 60_000;
 
 macro_rules! argument {
     ($(#[$meta:meta])* $name:ident, $size:literal { $($field:ident: $type:ty,)* }) => {
@@ -67,7 +89,7 @@ macro_rules! argument {
 
 argument! {
     /// `struct exitpolicy_info`
-    Info, 64 {
+    Info, 80 {
         flags: u32,
         vendor: u32,
         enabled: u32,
@@ -77,33 +99,39 @@ argument! {
         clamps: u64,
         policies: u64,
         vms: u64,
+        pending: u64,
+        holding: u64,
     }
 }
 
 argument! {
     /// `struct exitpolicy_enabled`
-    Enabled, 16 {
+    Enabled, 24 {
         flags: u32,
         enabled: u32,
         reserved: u32,
+        timeout_ms: u32,
+        pending: u32,
     }
 }
 
 argument! {
     /// `struct exitpolicy_policy`
-    Policy, 40 {
+    Policy, 48 {
         flags: u32,
         cgroup_fd: i32,
         reserved: u32,
         cgroup_id: u64,
         disable: u64,
         allow: u64,
+        timeout_ms: u32,
+        pending: u32,
     }
 }
 
 argument! {
     /// `struct exitpolicy_vm`
-    Vm, 64 {
+    Vm, 96 {
         flags: u32,
         id: u64,
         cgroup_id: u64,
@@ -113,6 +141,41 @@ argument! {
         requested: u64,
         effective: u64,
         clamped: u64,
+        disable: u64,
+        refused: u64,
+        refusal: u32,
+        has_disable: u32,
+        pending: u32,
+        adopted: u32,
+    }
+}
+
+argument! {
+    /// `struct exitpolicy_vcpu`
+    Vcpu, 64 {
+        flags: u32,
+        vm: u64,
+        vcpu_id: u32,
+        state: u32,
+        disable: u64,
+        wanted: u64,
+        in_force: u64,
+        refused: u64,
+        refusal: u32,
+        has_disable: u32,
+    }
+}
+
+argument! {
+    /// `struct exitpolicy_override`
+    Override, 40 {
+        flags: u32,
+        vm: u64,
+        vcpu_id: u32,
+        timeout_ms: u32,
+        disable: u64,
+        pending: u32,
+        reserved: u32,
     }
 }
 
@@ -165,12 +228,18 @@ impl Device {
         self.call(GET_INFO, Info::default())
     }
 
+    /// The master switch, without a wish about it.
     pub fn set_enabled(&self, enabled: bool) -> io::Result<()> {
         let argument = Enabled {
             enabled: enabled.into(),
             ..Default::default()
         };
-        self.call(SET_ENABLED, argument).map(drop)
+        self.switch(argument).map(drop)
+    }
+
+    /// The master switch.
+    pub fn switch(&self, argument: Enabled) -> io::Result<Enabled> {
+        self.call(SET_ENABLED, argument)
     }
 
     /// One of the commands about a policy.
@@ -181,6 +250,34 @@ impl Device {
     /// One of the commands about a VM.
     pub fn vm(&self, command: u64, argument: Vm) -> io::Result<Vm> {
         self.call(command, argument)
+    }
+
+    /// One of the commands about an override.
+    pub fn overriding(&self, command: u64, argument: Override) -> io::Result<Override> {
+        self.call(command, argument)
+    }
+
+    /// One of the commands about a vCPU.
+    pub fn vcpu(&self, command: u64, argument: Vcpu) -> io::Result<Vcpu> {
+        self.call(command, argument)
+    }
+
+    /// Every vCPU of a VM.
+    pub fn vcpus(&self, vm: u64) -> io::Result<Vec<Vcpu>> {
+        let mut vcpu_id = 0;
+        let next = || {
+            let argument = Vcpu {
+                vm,
+                vcpu_id,
+                ..Default::default()
+            };
+            let next = self.vcpu(NEXT_VCPU, argument);
+            if let Ok(vcpu) = &next {
+                vcpu_id = vcpu.vcpu_id + 1;
+            }
+            until_enoent(next)
+        };
+        std::iter::from_fn(next).collect()
     }
 
     /// Every policy.

@@ -7,9 +7,14 @@
 //! interrupt, so the guests need a LAPIC whose timer sends one.
 
 use std::{
+    fs::{
+        File,
+        OpenOptions, //
+    },
     io,
     num::NonZero,
     os::fd::{
+        AsFd,
         AsRawFd,
         RawFd, //
     },
@@ -35,10 +40,13 @@ use anyhow::{
 use exitpolicy_policy::Exits;
 use kvm_bindings::{
     kvm_enable_cap,
+    kvm_lapic_state,
     kvm_mp_state,
     kvm_regs,
     kvm_segment,
+    kvm_sregs,
     kvm_userspace_memory_region,
+    kvm_vcpu_events,
     CpuId,
     KVM_CAP_X86_DISABLE_EXITS,
     KVM_MAX_CPUID_ENTRIES,
@@ -46,15 +54,24 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{
     Kvm,
+    MsrFilterDefaultAction,
+    MsrFilterRange,
+    MsrFilterRangeFlags,
     VcpuExit,
     VcpuFd,
     VmFd, //
 };
-use nix::sys::mman::{
-    mmap_anonymous,
-    munmap,
-    MapFlags,
-    ProtFlags, //
+use nix::sys::{
+    memfd::{
+        memfd_create,
+        MFdFlags, //
+    },
+    mman::{
+        mmap,
+        munmap,
+        MapFlags,
+        ProtFlags, //
+    }, //
 };
 use serde::{
     Deserialize,
@@ -66,6 +83,9 @@ use crate::{
         self,
         Params,
         Payload,
+        DE_VECTOR,
+        DONE,
+        DONE_BY_SIPI,
         DONE_PORT, //
     },
     stats, //
@@ -79,6 +99,8 @@ const PML4: usize = 0x3000;
 const PDPT: usize = 0x4000;
 const PD: usize = 0x5000;
 const CODE: usize = 0x8000;
+/// Where a vCPU begins after SIPI, as a page number.
+pub const SIPI_PAGE: usize = 0xd;
 /// One page for each vCPU.
 const PARAMS: usize = 0x10000;
 const PAGE: usize = 0x1000;
@@ -91,6 +113,7 @@ const CPUID1_ECX_MWAIT: u32 = 1 << 3;
 const CPUID6_ECX_APERFMPERF: u32 = 1 << 0;
 /// KVM_CPUID_FEATURES EAX: KVM_FEATURE_PV_UNHALT.
 const KVM_FEATURE_PV_UNHALT: u32 = 1 << 7;
+const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
 
 /// What a guest does in one run.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -98,8 +121,12 @@ pub struct Work {
     pub payload: Payload,
     /// How many executions.
     pub count: u32,
-    /// Nanoseconds until the guest's timer ends a HLT or MWAIT.
+    /// Nanoseconds until the guest's timer ends a HLT or MWAIT; 0 for a timer that never does.
     pub ticks: u32,
+    /// The gate, until it is opened further; see [`Guest::open_gate`].
+    pub until: u32,
+    /// Low and high half of what [`Payload::Ipi`] sends.
+    pub icr: [u32; 2],
 }
 
 impl Work {
@@ -109,6 +136,16 @@ impl Work {
             payload,
             count,
             ticks: 50_000,
+            until: u32::MAX,
+            icr: [0; 2],
+        }
+    }
+
+    /// Executions without end, of which the gate lets through none for now.
+    pub fn gated(payload: Payload) -> Self {
+        Self {
+            until: 0,
+            ..Self::new(payload, u32::MAX)
         }
     }
 }
@@ -124,6 +161,12 @@ pub struct Report {
     pub ud: u32,
     /// Timer interrupts that the guest took.
     pub interrupts: u32,
+    /// NMIs that the guest took.
+    pub nmis: u32,
+    /// Exceptions that the VMM gave the guest, and it took.
+    pub exceptions: u32,
+    /// The guest was begun again by INIT and SIPI, and that is how the run ended.
+    pub by_sipi: bool,
     /// Whether the guest's CPUID has KVM_FEATURE_PV_UNHALT.
     pub pv_unhalt: bool,
     /// By how much KVM's `halt_exits` of this vCPU grew.
@@ -132,31 +175,64 @@ pub struct Report {
     pub stuck_at: Option<u64>,
 }
 
+/// What a VMM does to a vCPU that does not run.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub enum Action {
+    /// KVM_SET_CPUID2, with the table that the VMM has for every vCPU.
+    SetCpuid,
+    /// KVM_SET_MP_STATE, with KVM_MP_STATE_RUNNABLE.
+    SetRunnable,
+    /// KVM_NMI.
+    Nmi,
+    /// KVM_SET_VCPU_EVENTS, with an exception to be injected.
+    InjectException,
+}
+
+/// What makes a vCPU go on elsewhere.
+#[derive(Clone)]
+pub struct State {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    lapic: kvm_lapic_state,
+    events: kvm_vcpu_events,
+    mp_state: kvm_mp_state,
+}
+
 /// The memory of a guest.
 struct Memory {
     address: NonNull<u8>,
+    file: File,
 }
 
 // SAFETY: The mapping belongs to the value, not to a thread.
 unsafe impl Send for Memory {}
 // SAFETY: All access goes through raw pointers, to parts that only one vCPU's thread uses once the
-// VM is built, but for counters that are read volatile.
+// VM is built, but for words that are read and written volatile.
 unsafe impl Sync for Memory {}
 
 impl Memory {
     fn new() -> Result<Self> {
+        let file = File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC)?);
+        file.set_len(MEMORY as u64)?;
+        Self::map(file)
+    }
+
+    fn map(file: File) -> Result<Self> {
         let length = NonZero::new(MEMORY).context("no memory asked for")?;
-        // SAFETY: A new anonymous mapping, at an address that the kernel chooses.
+        // SAFETY: A new mapping, at an address that the kernel chooses.
         let address = unsafe {
-            mmap_anonymous(
+            mmap(
                 None,
                 length,
                 ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE,
+                MapFlags::MAP_SHARED,
+                file.as_fd(),
+                0,
             )
         }?;
         Ok(Self {
             address: address.cast(),
+            file,
         })
     }
 
@@ -192,24 +268,70 @@ impl Drop for Memory {
     }
 }
 
+/// The memory of a guest of another process. What is asked of it costs neither a system call nor an
+/// exit.
+pub struct Guest {
+    memory: Memory,
+}
+
+impl Guest {
+    /// Maps the memory that a process has open.
+    pub fn of_process(pid: i32, fd: RawFd) -> Result<Self> {
+        let path = format!("/proc/{pid}/fd/{fd}");
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let memory = Memory::map(file)?;
+        Ok(Self { memory })
+    }
+
+    /// What the guest of a vCPU told so far.
+    pub fn params(&self, index: usize) -> Params {
+        // SAFETY: Mapped and aligned. The guest's words are each written at once, and a copy of
+        // them that was not made at one moment is the caller's to deal with.
+        unsafe { self.memory.params(index).read_volatile() }
+    }
+
+    /// Lets the guest of a vCPU end `count` executions more than it was allowed so far.
+    pub fn open_gate(&self, index: usize, count: u32) -> u32 {
+        let params = self.memory.params(index);
+        // SAFETY: Mapped and aligned; only one test writes it.
+        unsafe {
+            let until = &raw mut (*params).until;
+            let value = until.read_volatile() + count;
+            until.write_volatile(value);
+            value
+        }
+    }
+}
+
 /// A VM.
 pub struct Vm {
     // Dropped first, as KVM uses the memory.
     fd: VmFd,
-    memory: Memory,
+    memory: Arc<Memory>,
     cpuid: CpuId,
+    /// Whether guests are told of KVM_FEATURE_PV_UNHALT.
+    pv_unhalt: AtomicBool,
 }
 
 impl Vm {
     /// KVM_CREATE_VM, the interrupt controllers and the memory; nothing that KVM does only before
     /// the first vCPU is left undone but KVM_ENABLE_CAP.
     pub fn new() -> Result<Self> {
+        let memory = Memory::new()?;
+        build_guest(&memory);
+        Self::with_memory(Arc::new(memory))
+    }
+
+    /// Another one with the same memory, as after a migration.
+    pub fn twin(&self) -> Result<Self> {
+        Self::with_memory(self.memory.clone())
+    }
+
+    fn with_memory(memory: Arc<Memory>) -> Result<Self> {
         let kvm = Kvm::new().context("cannot open /dev/kvm")?;
         let fd = kvm.create_vm().context("KVM_CREATE_VM")?;
         fd.set_tss_address(TSS).context("KVM_SET_TSS_ADDR")?;
         fd.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
-        let memory = Memory::new()?;
-        build_guest(&memory);
         // SAFETY: `memory` is mapped for as long as `fd` is open.
         unsafe {
             fd.set_user_memory_region(kvm_userspace_memory_region {
@@ -232,7 +354,50 @@ impl Vm {
                 _ => (),
             }
         }
-        Ok(Self { fd, memory, cpuid })
+        Ok(Self {
+            fd,
+            memory,
+            cpuid,
+            pv_unhalt: AtomicBool::new(true),
+        })
+    }
+
+    /// The file of its memory.
+    pub fn memory(&self) -> RawFd {
+        self.memory.file.as_raw_fd()
+    }
+
+    /// Does not tell guests of KVM_FEATURE_PV_UNHALT, from the next KVM_SET_CPUID2 on.
+    pub fn hide_pv_unhalt(&self) {
+        self.pv_unhalt.store(false, Ordering::Release);
+    }
+
+    /// The table for KVM_SET_CPUID2.
+    fn cpuid(&self) -> CpuId {
+        let mut cpuid = self.cpuid.clone();
+        if !self.pv_unhalt.load(Ordering::Acquire) {
+            for entry in cpuid.as_mut_slice() {
+                if entry.function == KVM_CPUID_FEATURES {
+                    entry.eax &= !KVM_FEATURE_PV_UNHALT;
+                }
+            }
+        }
+        cpuid
+    }
+
+    /// KVM_X86_SET_MSR_FILTER: the guest's reads of `count` MSRs from `base` on fault.
+    pub fn deny_msr_reads(&self, base: u32, count: u32) -> Result<()> {
+        // A bit that is clear denies.
+        let bitmap = vec![0; count.div_ceil(8) as usize];
+        let range = MsrFilterRange {
+            flags: MsrFilterRangeFlags::READ,
+            base,
+            msr_count: count,
+            bitmap: &bitmap,
+        };
+        self.fd
+            .set_msr_filter(MsrFilterDefaultAction::ALLOW, &[range])
+            .context("KVM_X86_SET_MSR_FILTER")
     }
 
     /// KVM_ENABLE_CAP(KVM_CAP_X86_DISABLE_EXITS).
@@ -288,10 +453,13 @@ impl Vcpu {
     /// Runs `work` to its end, or until the guest is asked to stop, or until `give_up` is set and a
     /// signal comes.
     pub fn run(&mut self, work: Work, give_up: &AtomicBool) -> Result<Report> {
-        if !self.ready {
-            self.set_up().context("cannot set up the vCPU")?;
-            self.ready = true;
-        }
+        self.prepare(work)?;
+        self.go_on(give_up)
+    }
+
+    /// Makes the vCPU begin `work` when it runs.
+    pub fn prepare(&mut self, work: Work) -> Result<()> {
+        self.set_up_once()?;
         let params = self.vm.memory.params(self.index);
         // SAFETY: The page belongs to this vCPU, which does not run now.
         unsafe {
@@ -299,6 +467,8 @@ impl Vcpu {
                 payload: work.payload as u32,
                 count: work.count,
                 ticks: work.ticks,
+                until: work.until,
+                icr: work.icr,
                 ..Params::default()
             })
         };
@@ -310,20 +480,78 @@ impl Vcpu {
             rflags: 2,
             ..Default::default()
         })?;
+        Ok(())
+    }
+
+    /// Runs what the vCPU was at, as [`Vcpu::run`] does.
+    pub fn go_on(&mut self, give_up: &AtomicBool) -> Result<Report> {
         let before = stats::halt_exits(self.fd.as_raw_fd())?;
-        let stuck_at = self.run_until_done(give_up)?;
+        let end = self.run_until_done(give_up)?;
         let halt_exits = stats::halt_exits(self.fd.as_raw_fd())? - before;
-        // SAFETY: As above.
-        let result = unsafe { params.read_volatile() };
+        // SAFETY: The page belongs to this vCPU, which does not run now.
+        let result = unsafe { self.vm.memory.params(self.index).read_volatile() };
         Ok(Report {
             executed: result.executed,
             gp: result.gp,
             ud: result.ud,
             interrupts: result.interrupts,
+            nmis: result.nmis,
+            exceptions: result.exceptions,
+            by_sipi: matches!(end, End::Done(DONE_BY_SIPI)),
             pv_unhalt: result.kvm_features & KVM_FEATURE_PV_UNHALT != 0,
             halt_exits,
-            stuck_at,
+            stuck_at: match end {
+                End::Done(_) => None,
+                End::GivenUp(rip) => Some(rip),
+            },
         })
+    }
+
+    /// Does something to the vCPU, which does not run now.
+    pub fn act(&mut self, action: Action) -> Result<()> {
+        match action {
+            Action::SetCpuid => self.fd.set_cpuid2(&self.vm.cpuid()).map_err(from_kvm)?,
+            Action::SetRunnable => self.set_runnable()?,
+            Action::Nmi => self.fd.nmi().map_err(from_kvm)?,
+            Action::InjectException => {
+                let mut events = self.fd.get_vcpu_events()?;
+                events.exception.injected = 1;
+                events.exception.nr = DE_VECTOR as u8;
+                events.exception.has_error_code = 0;
+                self.fd.set_vcpu_events(&events).map_err(from_kvm)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the vCPU is at, for [`Vcpu::restore`].
+    pub fn save(&mut self) -> Result<State> {
+        Ok(State {
+            regs: self.fd.get_regs()?,
+            sregs: self.fd.get_sregs()?,
+            lapic: self.fd.get_lapic()?,
+            events: self.fd.get_vcpu_events()?,
+            mp_state: self.fd.get_mp_state()?,
+        })
+    }
+
+    /// Makes the vCPU go on where another one was. Their ids must be the same, and the memory.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        self.set_up_once()?;
+        self.fd.set_sregs(&state.sregs)?;
+        self.fd.set_regs(&state.regs)?;
+        self.fd.set_lapic(&state.lapic)?;
+        self.fd.set_vcpu_events(&state.events)?;
+        self.fd.set_mp_state(state.mp_state)?;
+        Ok(())
+    }
+
+    fn set_up_once(&mut self) -> Result<()> {
+        if !self.ready {
+            self.set_up().context("cannot set up the vCPU")?;
+            self.ready = true;
+        }
+        Ok(())
     }
 
     /// Executions so far. Another thread may be running the vCPU.
@@ -339,10 +567,12 @@ impl Vcpu {
         unsafe { (&raw mut (*vm.memory.params(index)).stop).write_volatile(1) };
     }
 
-    fn run_until_done(&mut self, give_up: &AtomicBool) -> Result<Option<u64>> {
+    fn run_until_done(&mut self, give_up: &AtomicBool) -> Result<End> {
         loop {
             match self.fd.run() {
-                Ok(VcpuExit::IoOut(DONE_PORT, _)) => return Ok(None),
+                Ok(VcpuExit::IoOut(DONE_PORT, &[by @ (DONE | DONE_BY_SIPI)])) => {
+                    return Ok(End::Done(by));
+                }
                 Ok(exit) => {
                     let exit = format!("{exit:?}");
                     let regs = self.fd.get_regs()?;
@@ -350,7 +580,7 @@ impl Vcpu {
                 }
                 Err(error) if error.errno() == libc::EINTR => {
                     if give_up.load(Ordering::Acquire) {
-                        return Ok(Some(self.fd.get_regs()?.rip));
+                        return Ok(End::GivenUp(self.fd.get_regs()?.rip));
                     }
                 }
                 Err(error) => return Err(from_kvm(error)).context("KVM_RUN"),
@@ -361,7 +591,7 @@ impl Vcpu {
     /// CPUID and long mode.
     fn set_up(&mut self) -> Result<()> {
         self.fd
-            .set_cpuid2(&self.vm.cpuid)
+            .set_cpuid2(&self.vm.cpuid())
             .context("KVM_SET_CPUID2")?;
         let segment = |selector: u16, type_: u8, long: bool| kvm_segment {
             base: 0,
@@ -397,13 +627,24 @@ impl Vcpu {
         self.fd.set_sregs(&sregs).context("KVM_SET_SREGS")?;
 
         // A vCPU with another index than 0 waits for INIT and SIPI.
+        self.set_runnable()
+    }
+
+    fn set_runnable(&mut self) -> Result<()> {
         self.fd
             .set_mp_state(kvm_mp_state {
                 mp_state: KVM_MP_STATE_RUNNABLE,
             })
-            .context("KVM_SET_MP_STATE")?;
-        Ok(())
+            .context("KVM_SET_MP_STATE")
     }
+}
+
+/// How KVM_RUN ended.
+enum End {
+    /// By the guest, with what it wrote to the port.
+    Done(u8),
+    /// By a signal, with the guest's RIP.
+    GivenUp(u64),
 }
 
 /// Page tables, descriptor tables and code.
@@ -415,6 +656,7 @@ fn build_guest(memory: &Memory) {
     memory.write_u64(GDT + 16, 0x00cf_9300_0000_ffff); // data
     let code = payload::code();
     memory.write(CODE, code.bytes);
+    memory.write(SIPI_PAGE * PAGE, code.sipi);
     for (vector, offset) in code.handlers {
         let handler = (CODE + offset) as u64;
         let gate = (handler & 0xffff) | (8 << 16) | (0x8e00 << 32) | ((handler >> 16) << 48);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! A module to try the command on where there is none: a seccomp filter hands the command's
-//! ioctls on `/dev/exitpolicy` to the test, which answers them as the contract says, with the
-//! policy algebra and real cgroups.
+//! ioctls on `/dev/exitpolicy`, and its delete_module(2), to the test, which answers them as the
+//! contract says, with the policy algebra and real cgroups. The VMs are as the test says; they
+//! do not change by themselves.
 
 use crate::common::{
     command,
@@ -58,6 +59,17 @@ pub struct Fake {
     mount_point: PathBuf,
     pub policies: BTreeMap<u64, Policy>,
     pub vms: BTreeMap<u64, uapi::Vm>,
+    /// By the ids of their VMs and their own.
+    pub vcpus: BTreeMap<(u64, u32), uapi::Vcpu>,
+    /// What every change says of how many vCPUs were waited for in vain.
+    pub in_vain: u32,
+    /// The flags and the timeout of the last change.
+    pub asked: Option<(u32, u32)>,
+    /// How often `info` is asked for until no VM holds the module any more.
+    pub holds_for: Option<u32>,
+    /// What delete_module(2) says, and how often it was called.
+    pub unload: Result<(), i32>,
+    pub unloads: u32,
     pub info: uapi::Info,
     /// Answers every command with this errno.
     pub refuse: Option<i32>,
@@ -108,6 +120,12 @@ impl Fake {
             mount_point,
             policies: BTreeMap::new(),
             vms: BTreeMap::new(),
+            vcpus: BTreeMap::new(),
+            in_vain: 0,
+            asked: None,
+            holds_for: None,
+            unload: Ok(()),
+            unloads: 0,
             info: uapi::Info {
                 vendor: uapi::VENDOR_VMX,
                 enabled: 1,
@@ -162,10 +180,32 @@ impl Fake {
         });
         let listener = receive.recv().unwrap().unwrap();
         while let Some(notification) = next(&listener) {
-            let result = self.ioctl(&notification);
+            let result = if i64::from(notification.data.nr) == libc::SYS_delete_module {
+                self.delete_module(&notification)
+            } else {
+                self.ioctl(&notification)
+            };
             answer(&listener, notification.id, result);
         }
         runner.join().unwrap().into()
+    }
+
+    fn delete_module(&mut self, notification: &libc::seccomp_notif) -> Result<(), i32> {
+        let [name, flags, ..] = notification.data.args;
+        let process = PathBuf::from(format!("/proc/{}", notification.pid));
+        let mut read = [0; 15];
+        let memory = File::open(process.join("mem")).unwrap();
+        memory.read_exact_at(&mut read, name).unwrap();
+        assert_eq!(&read, b"kvm_exitpolicy\0");
+        assert_eq!(flags, libc::O_NONBLOCK as u64);
+        // It would be a reference.
+        let device = self.root.path().join("dev/exitpolicy");
+        for entry in fs::read_dir(process.join("fd")).unwrap() {
+            let target = fs::read_link(entry.unwrap().path());
+            assert!(!target.is_ok_and(|target| target == device));
+        }
+        self.unloads += 1;
+        self.unload
     }
 
     /// Answers a command as the contract says, with an errno if it fails.
@@ -188,6 +228,10 @@ impl Fake {
         match number {
             uapi::GET_INFO => {
                 argument.expect_size(size_of::<uapi::Info>());
+                if let Some(left) = &mut self.holds_for {
+                    *left = left.saturating_sub(1);
+                    self.info.holding = u64::from(*left > 0);
+                }
                 let info = self.info;
                 argument.put32(offset_of!(uapi::Info, vendor), info.vendor);
                 argument.put32(offset_of!(uapi::Info, enabled), info.enabled);
@@ -198,10 +242,16 @@ impl Fake {
                 let policies = self.policies.len() as u64;
                 argument.put64(offset_of!(uapi::Info, policies), policies);
                 argument.put64(offset_of!(uapi::Info, vms), self.vms.len() as u64);
+                argument.put64(offset_of!(uapi::Info, pending), info.pending);
+                argument.put64(offset_of!(uapi::Info, holding), info.holding);
             }
             uapi::SET_ENABLED => {
                 argument.expect_size(size_of::<uapi::Enabled>());
+                let flags = argument.get32(offset_of!(uapi::Enabled, flags));
+                let timeout = argument.get32(offset_of!(uapi::Enabled, timeout_ms));
+                self.changed(flags, uapi::NEW_ONLY | uapi::NO_WAIT, timeout)?;
                 self.info.enabled = argument.get32(offset_of!(uapi::Enabled, enabled));
+                argument.put32(offset_of!(uapi::Enabled, pending), self.in_vain);
             }
             uapi::NEXT_POLICY => {
                 argument.expect_size(size_of::<uapi::Policy>());
@@ -227,6 +277,48 @@ impl Fake {
                 argument.put64(offset_of!(uapi::Vm, requested), vm.requested);
                 argument.put64(offset_of!(uapi::Vm, effective), vm.effective);
                 argument.put64(offset_of!(uapi::Vm, clamped), vm.clamped);
+                argument.put64(offset_of!(uapi::Vm, disable), vm.disable);
+                argument.put64(offset_of!(uapi::Vm, refused), vm.refused);
+                argument.put32(offset_of!(uapi::Vm, refusal), vm.refusal);
+                argument.put32(offset_of!(uapi::Vm, has_disable), vm.has_disable);
+                argument.put32(offset_of!(uapi::Vm, pending), vm.pending);
+                argument.put32(offset_of!(uapi::Vm, adopted), vm.adopted);
+            }
+            uapi::NEXT_VCPU | uapi::GET_VCPU => {
+                argument.expect_size(size_of::<uapi::Vcpu>());
+                let vm = argument.get64(offset_of!(uapi::Vcpu, vm));
+                let from = argument.get32(offset_of!(uapi::Vcpu, vcpu_id));
+                let found = if number == uapi::GET_VCPU {
+                    self.vcpus.get(&(vm, from))
+                } else {
+                    let mut from_there = self.vcpus.range((vm, from)..=(vm, u32::MAX));
+                    from_there.next().map(|(_, vcpu)| vcpu)
+                };
+                let vcpu = found.ok_or(libc::ENOENT)?;
+                argument.put32(offset_of!(uapi::Vcpu, vcpu_id), vcpu.vcpu_id);
+                argument.put32(offset_of!(uapi::Vcpu, state), vcpu.state);
+                argument.put64(offset_of!(uapi::Vcpu, disable), vcpu.disable);
+                argument.put64(offset_of!(uapi::Vcpu, wanted), vcpu.wanted);
+                argument.put64(offset_of!(uapi::Vcpu, in_force), vcpu.in_force);
+                argument.put64(offset_of!(uapi::Vcpu, refused), vcpu.refused);
+                argument.put32(offset_of!(uapi::Vcpu, refusal), vcpu.refusal);
+                argument.put32(offset_of!(uapi::Vcpu, has_disable), vcpu.has_disable);
+            }
+            uapi::SET_VM | uapi::RESET_VM => {
+                argument.expect_size(size_of::<uapi::Override>());
+                let flags = argument.get32(offset_of!(uapi::Override, flags));
+                let timeout = argument.get32(offset_of!(uapi::Override, timeout_ms));
+                self.changed(flags, uapi::VM_VCPU | uapi::NO_WAIT, timeout)?;
+                let vm = argument.get64(offset_of!(uapi::Override, vm));
+                let vcpu = argument.get32(offset_of!(uapi::Override, vcpu_id));
+                let disable = argument.get64(offset_of!(uapi::Override, disable));
+                let set = number == uapi::SET_VM;
+                assert!(set || disable == 0);
+                assert!(flags & uapi::VM_VCPU != 0 || vcpu == 0);
+                self.overridden(vm, (flags & uapi::VM_VCPU != 0).then_some(vcpu), {
+                    set.then_some(disable)
+                })?;
+                argument.put32(offset_of!(uapi::Override, pending), self.in_vain);
             }
             _ => {
                 argument.expect_size(size_of::<uapi::Policy>());
@@ -236,6 +328,88 @@ impl Fake {
             }
         }
         Ok(())
+    }
+
+    /// Notes how something was asked for, and refuses what the contract refuses.
+    fn changed(&mut self, flags: u32, known: u32, timeout_ms: u32) -> Result<(), i32> {
+        if flags & !known != 0 || timeout_ms > 60_000 {
+            return Err(libc::EINVAL);
+        }
+        self.asked = Some((flags, timeout_ms));
+        Ok(())
+    }
+
+    /// Sets an override, or takes it away, and has it in force at once where no vCPU is on its
+    /// way.
+    fn overridden(&mut self, vm: u64, one: Option<u32>, disable: Option<u64>) -> Result<(), i32> {
+        let whole = self.vms.get_mut(&vm).ok_or(libc::ENOENT)?;
+        if let Some(one) = one {
+            self.vcpus.get(&(vm, one)).ok_or(libc::ENOENT)?;
+        } else {
+            whole.has_disable = disable.is_some().into();
+            whole.disable = disable.unwrap_or(0);
+            whole.effective = whole.floor | whole.requested | whole.disable;
+        }
+        for ((_, id), vcpu) in self.vcpus.range_mut((vm, 0)..=(vm, u32::MAX)) {
+            if one == Some(*id) || (one.is_none() && disable.is_none()) {
+                vcpu.has_disable = (one.is_some() && disable.is_some()).into();
+                vcpu.disable = disable.filter(|_| one.is_some()).unwrap_or(0);
+            }
+            vcpu.wanted = if vcpu.has_disable != 0 {
+                whole.floor | whole.requested | vcpu.disable
+            } else {
+                whole.effective
+            };
+            if vcpu.state == uapi::VCPU_IN_FORCE {
+                let differs = vcpu.wanted ^ vcpu.in_force;
+                vcpu.in_force ^= differs & !vcpu.refused;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a VM in the test's cgroup, all of whose vCPUs have what they should.
+    pub fn add_vm(&mut self, id: u64, vcpus: u32, effective: u64) {
+        let vm = uapi::Vm {
+            id,
+            cgroup_id: self.id(""),
+            pid: 4711,
+            vcpus,
+            effective,
+            ..uapi::Vm::default()
+        };
+        self.vms.insert(id, vm);
+        for vcpu_id in 0..vcpus {
+            let vcpu = uapi::Vcpu {
+                vm: id,
+                vcpu_id,
+                wanted: effective,
+                in_force: effective,
+                ..uapi::Vcpu::default()
+            };
+            self.vcpus.insert((id, vcpu_id), vcpu);
+        }
+    }
+
+    /// Puts a vCPU on its way.
+    pub fn delay(&mut self, vm: u64, vcpu: u32, state: u32, in_force: u64) {
+        let vcpu = self.vcpus.get_mut(&(vm, vcpu)).unwrap();
+        vcpu.state = state;
+        vcpu.in_force = in_force;
+        self.vms.get_mut(&vm).unwrap().pending += 1;
+        self.info.pending += 1;
+    }
+
+    /// Refuses a VM the change of exits.
+    pub fn refuse_change(&mut self, vm: u64, exits: u64, reason: u32) {
+        let whole = self.vms.get_mut(&vm).unwrap();
+        whole.refused = exits;
+        whole.refusal = reason;
+        for (_, vcpu) in self.vcpus.range_mut((vm, 0)..=(vm, u32::MAX)) {
+            vcpu.refused = exits;
+            vcpu.refusal = reason;
+            vcpu.in_force ^= exits;
+        }
     }
 
     fn on_cgroup(
@@ -248,6 +422,10 @@ impl Fake {
         match number {
             uapi::SET_POLICY => {
                 let flags = argument.get32(offset_of!(uapi::Policy, flags));
+                let sets = uapi::POLICY_DISABLE | uapi::POLICY_ALLOW;
+                let timeout = argument.get32(offset_of!(uapi::Policy, timeout_ms));
+                self.changed(flags, sets | uapi::NEW_ONLY | uapi::NO_WAIT, timeout)?;
+                argument.put32(offset_of!(uapi::Policy, pending), self.in_vain);
                 let set = |flag, offset| {
                     let bits = argument.get64(offset);
                     (flags & flag != 0).then(|| Exits::from_bits(bits).unwrap())
@@ -262,6 +440,10 @@ impl Fake {
                 argument.put_policy(cgroup, policy);
             }
             uapi::CLEAR_POLICY => {
+                let flags = argument.get32(offset_of!(uapi::Policy, flags));
+                let timeout = argument.get32(offset_of!(uapi::Policy, timeout_ms));
+                self.changed(flags, uapi::NEW_ONLY | uapi::NO_WAIT, timeout)?;
+                argument.put32(offset_of!(uapi::Policy, pending), self.in_vain);
                 self.policies.remove(&cgroup).ok_or(libc::ENOENT)?;
             }
             uapi::RESOLVE_POLICY => {
@@ -358,10 +540,11 @@ impl Argument {
     }
 }
 
-/// Makes the kernel ask about each ioctl with the magic number of `/dev/exitpolicy`, in this
-/// thread and in what it starts.
+/// Makes the kernel ask about each ioctl with the magic number of `/dev/exitpolicy`, and about
+/// each delete_module, in this thread and in what it starts.
 fn listen() -> io::Result<OwnedFd> {
     const IOCTL: u32 = libc::SYS_ioctl as u32;
+    const DELETE_MODULE: u32 = libc::SYS_delete_module as u32;
     const MAGIC: u32 = uapi::GET_INFO;
 
     // Offsets in struct seccomp_data: nr, and the low half of args[1].
@@ -372,6 +555,8 @@ fn listen() -> io::Result<OwnedFd> {
     };
     let filter = [
         load(0),
+        unless(DELETE_MODULE, 1),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_USER_NOTIF),
         unless(IOCTL, 4),
         load(24),
         statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, !0xff),

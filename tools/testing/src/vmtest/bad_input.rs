@@ -144,11 +144,30 @@ fn bytes(size: usize, length: usize) -> Vec<u8> {
 
 fn ioctl_sizes() -> Result<()> {
     let state = State::new()?;
-    for (command, size) in uapi::COMMANDS {
-        for bad in [0, 1, 3, 4, size - 8, size - 1] {
+    for (command, size, first) in uapi::COMMANDS {
+        for bad in [0, 1, 3, 4, first - 8, first - 1] {
             let what = format!("{command:#x} with size {bad}");
             let result = state.device.bytes(command, &mut bytes(bad, size));
             state.refused(&what, result, libc::EINVAL)?;
+        }
+        // What a caller that is older does not know is not written.
+        for older in (first..size).step_by(8) {
+            let mut argument = bytes(older, size);
+            argument[older..].fill(0xaa);
+            // Some fail, for want of a flag, of a cgroup or of a VM. None does for the size.
+            let result = state.device.bytes(command, &mut argument);
+            let errno = result.as_ref().err().and_then(io::Error::raw_os_error);
+            let expected = match command {
+                uapi::GET_INFO | uapi::NEXT_VM | uapi::NEXT_POLICY => None,
+                uapi::SET_ENABLED => continue,
+                uapi::SET_POLICY => Some(libc::EINVAL),
+                uapi::GET_VM => Some(libc::ENOENT),
+                _ => Some(libc::EBADF),
+            };
+            ensure!(
+                errno == expected && argument[older..].iter().all(|byte| *byte == 0xaa),
+                "{command:#x} with size {older}: {result:?}, {argument:x?}"
+            );
         }
         // From a future in which the structure is larger, and the rest is not zero.
         for larger in [size + 1, size + 8, 4096] {
@@ -185,7 +204,21 @@ fn ioctl_members() -> Result<()> {
         (
             "unknown flag",
             Policy {
-                flags: good.flags | 4,
+                flags: good.flags | (1 << 4),
+                ..good
+            },
+        ),
+        (
+            "no set named",
+            Policy {
+                flags: uapi::NEW_ONLY | uapi::NO_WAIT,
+                ..good
+            },
+        ),
+        (
+            "waiting too long",
+            Policy {
+                timeout_ms: uapi::MAX_TIMEOUT + 1,
                 ..good
             },
         ),
@@ -240,7 +273,11 @@ fn ioctl_members() -> Result<()> {
         } else {
             reading.cgroup_fd
         };
-        for (flags, reserved) in [(1, 0), (1 << 31, 0), (0, 1)] {
+        let mut flags = vec![(1, 0), (2, 0), (1 << 4, 0), (1 << 31, 0), (0, 1)];
+        if command != uapi::CLEAR_POLICY {
+            flags.extend([(uapi::NEW_ONLY, 0), (uapi::NO_WAIT, 0)]);
+        }
+        for (flags, reserved) in flags {
             let argument = Policy {
                 flags,
                 reserved,
@@ -255,19 +292,34 @@ fn ioctl_members() -> Result<()> {
     let result = state.device.policy(uapi::NEXT_POLICY, reading);
     state.refused("NEXT_POLICY with a cgroup", result, libc::EINVAL)?;
 
-    for (flags, enabled, reserved) in [(1_u32, 0, 0_u32), (0, 2, 0), (0, u32::MAX, 0), (0, 0, 1)] {
-        let mut argument = bytes(16, 16);
-        argument[4..8].copy_from_slice(&flags.to_ne_bytes());
-        argument[8..12].copy_from_slice(&enabled.to_ne_bytes());
-        argument[12..16].copy_from_slice(&reserved.to_ne_bytes());
-        let what = format!("SET_ENABLED {flags} {enabled} {reserved}");
-        let result = state.device.bytes(uapi::SET_ENABLED, &mut argument);
-        state.refused(&what, result, libc::EINVAL)?;
+    for (flags, enabled, reserved, timeout_ms) in [
+        (1, 0, 0, 0),
+        (1 << 1, 0, 0, 0),
+        (1 << 4, 0, 0, 0),
+        (1 << 31, 0, 0, 0),
+        (0, 2, 0, 0),
+        (0, u32::MAX, 0, 0),
+        (0, 0, 1, 0),
+        (0, 0, 0, uapi::MAX_TIMEOUT + 1),
+        (0, 0, 0, u32::MAX),
+    ] {
+        let argument = uapi::Enabled {
+            flags,
+            enabled,
+            reserved,
+            timeout_ms,
+            ..Default::default()
+        };
+        let result = state.device.switch(argument);
+        state.refused(&format!("SET_ENABLED {argument:?}"), result, libc::EINVAL)?;
     }
+    overrides(&state)?;
     for (command, size) in [
         (uapi::GET_INFO, size_of::<uapi::Info>()),
         (uapi::NEXT_VM, size_of::<uapi::Vm>()),
         (uapi::GET_VM, size_of::<uapi::Vm>()),
+        (uapi::NEXT_VCPU, size_of::<uapi::Vcpu>()),
+        (uapi::GET_VCPU, size_of::<uapi::Vcpu>()),
     ] {
         let mut argument = bytes(size, size);
         argument[4] = 1;
@@ -287,11 +339,61 @@ fn ioctl_members() -> Result<()> {
     state.end()
 }
 
+/// SET_VM and RESET_VM, with one thing wrong at a time.
+fn overrides(state: &State) -> Result<()> {
+    let vm = interface::only_vm()?.id;
+    let good = uapi::Override {
+        vm,
+        disable: Exits::PAUSE.bits(),
+        ..Default::default()
+    };
+    let mut bad = Vec::new();
+    for flags in [1 << 1, uapi::NEW_ONLY, 1 << 4, 1 << 31] {
+        bad.push(uapi::Override { flags, ..good });
+    }
+    for disable in [1 << 5, 1 << 32, u64::MAX] {
+        bad.push(uapi::Override { disable, ..good });
+    }
+    for timeout_ms in [uapi::MAX_TIMEOUT + 1, u32::MAX] {
+        bad.push(uapi::Override { timeout_ms, ..good });
+    }
+    bad.push(uapi::Override {
+        reserved: 1,
+        ..good
+    });
+    // A vCPU is only for those that say so.
+    bad.push(uapi::Override { vcpu_id: 1, ..good });
+    for argument in bad {
+        let result = state.device.overriding(uapi::SET_VM, argument);
+        state.refused(&format!("SET_VM {argument:?}"), result, libc::EINVAL)?;
+        let argument = uapi::Override {
+            disable: if argument.disable == good.disable {
+                0
+            } else {
+                argument.disable
+            },
+            ..argument
+        };
+        let result = state.device.overriding(uapi::RESET_VM, argument);
+        state.refused(&format!("RESET_VM {argument:?}"), result, libc::EINVAL)?;
+    }
+    let result = state.device.overriding(uapi::RESET_VM, good);
+    state.refused("RESET_VM with a set", result, libc::EINVAL)?;
+    // The longest wait is fine, and what is there already is no change.
+    let argument = uapi::Override {
+        timeout_ms: uapi::MAX_TIMEOUT,
+        disable: 0,
+        ..good
+    };
+    state.device.overriding(uapi::RESET_VM, argument)?;
+    state.before.ensure_unchanged()
+}
+
 fn ioctl_numbers() -> Result<()> {
     let state = State::new()?;
     let unknown = (0..=0xff)
         .map(|number| 0xbb00 | number)
-        .filter(|number| uapi::COMMANDS.iter().all(|(known, _)| known != number));
+        .filter(|number| uapi::COMMANDS.iter().all(|(known, ..)| known != number));
     // And with another magic, a direction, a size.
     for command in unknown.chain([
         0,
@@ -330,13 +432,49 @@ fn ioctl_pointers() -> Result<()> {
         ),
         ("across the end of a mapping", read_only.wrapping_add(4094)),
     ];
-    for (command, _) in uapi::COMMANDS {
+    for (command, ..) in uapi::COMMANDS {
         for (place, pointer) in pointers {
             let what = format!("{command:#x} with a pointer {place}");
             // SAFETY: No memory of this program is there, or none that can be written.
             let result = unsafe { state.device.raw(command, pointer) };
             state.refused(&what, result, libc::EFAULT)?;
         }
+    }
+    // What can be read and not written, and would change something.
+    let vm = interface::only_vm()?.id;
+    let directory = state.cgroup.open()?;
+    let protect = |protection| {
+        // SAFETY: Mapped above, and nobody holds a reference to what is in it.
+        unsafe { nix::sys::mman::mprotect(page, 4096, protection) }
+    };
+    let (readable, writable) = (
+        nix::sys::mman::ProtFlags::PROT_READ,
+        nix::sys::mman::ProtFlags::PROT_READ | nix::sys::mman::ProtFlags::PROT_WRITE,
+    );
+    let policy = state.good(&directory);
+    let switch = uapi::Enabled::default();
+    let change = uapi::Override {
+        vm,
+        disable: Exits::PAUSE.bits(),
+        ..Default::default()
+    };
+    let next = uapi::Vm::default();
+    for (command, argument) in [
+        (uapi::SET_POLICY, (&raw const policy).cast::<u8>()),
+        (uapi::SET_ENABLED, (&raw const switch).cast()),
+        (uapi::SET_VM, (&raw const change).cast()),
+        (uapi::NEXT_VM, (&raw const next).cast()),
+    ] {
+        let size = uapi::COMMANDS.iter().find(|(known, ..)| *known == command);
+        let (_, size, _) = size.context("unknown command")?;
+        protect(writable)?;
+        // SAFETY: `argument` is of the command's type, hence of this size; the page is larger.
+        unsafe { ptr::copy_nonoverlapping(argument, read_only, *size) };
+        protect(readable)?;
+        // SAFETY: The kernel finds that it cannot write there.
+        let result = unsafe { state.device.raw(command, read_only) };
+        let what = format!("{command:#x} with an argument that cannot be written");
+        state.refused(&what, result, libc::EFAULT)?;
     }
     // SAFETY: Mapped above, and ours.
     unsafe { nix::sys::mman::munmap(page, 4096) }?;
@@ -439,6 +577,41 @@ fn not_there() -> Result<()> {
         let result = state.device.vm(uapi::GET_VM, argument);
         state.refused(&format!("GET_VM {id}"), result, libc::ENOENT)?;
     }
+    let vm = interface::only_vm()?.id;
+    // The VM's only vCPU has the id 0.
+    for (vm, vcpu_id) in [(0, 0), (vm + 1, 0), (u64::MAX, 0), (vm, 1), (vm, u32::MAX)] {
+        let argument = uapi::Vcpu {
+            vm,
+            vcpu_id,
+            ..Default::default()
+        };
+        for command in [uapi::GET_VCPU, uapi::NEXT_VCPU] {
+            let result = state.device.vcpu(command, argument);
+            let what = format!("{command:#x} of VM {vm}, vCPU {vcpu_id}");
+            state.refused(&what, result, libc::ENOENT)?;
+        }
+        let argument = uapi::Override {
+            flags: uapi::VM_VCPU,
+            vm,
+            vcpu_id,
+            ..Default::default()
+        };
+        for command in [uapi::SET_VM, uapi::RESET_VM] {
+            let result = state.device.overriding(command, argument);
+            let what = format!("{command:#x} of VM {vm}, vCPU {vcpu_id}");
+            state.refused(&what, result, libc::ENOENT)?;
+        }
+    }
+    for vm in [0, vm + 1, u64::MAX] {
+        let argument = uapi::Override {
+            vm,
+            ..Default::default()
+        };
+        for command in [uapi::SET_VM, uapi::RESET_VM] {
+            let result = state.device.overriding(command, argument);
+            state.refused(&format!("{command:#x} of VM {vm}"), result, libc::ENOENT)?;
+        }
+    }
     for last in [u64::MAX, u64::MAX - 1] {
         let argument = uapi::Vm {
             id: last,
@@ -518,16 +691,28 @@ fn sysfs_sets() -> Result<()> {
     ] {
         contents.push((text, text.as_bytes().to_vec()));
     }
-    for file in ["disable", "allow"] {
+    for file in ["inherit,hlt", "Inherit", "inherited"] {
+        contents.push((file, file.as_bytes().to_vec()));
+    }
+    let vm = sysfs::vm_directory(interface::only_vm()?.id);
+    for path in [
+        directory.join("disable"),
+        directory.join("allow"),
+        vm.join("disable"),
+        vm.join("vcpu0/disable"),
+    ] {
         for (what, content) in &contents {
-            let what = format!("{file}: {what}");
-            let result = write(&directory.join(file), content);
-            state.refused(&what, result, libc::EINVAL)?;
+            let what = format!("{path:?}: {what}");
+            state.refused(&what, write(&path, content), libc::EINVAL)?;
         }
         // What a read gives, a write takes.
-        let path = directory.join(file);
         let value = fs::read(&path)?;
         write(&path, &value)?;
+    }
+    // Policies inherit by being none.
+    for file in ["disable", "allow"] {
+        let result = write(&directory.join(file), b"inherit");
+        state.refused("a policy that inherits", result, libc::EINVAL)?;
     }
     state.before.ensure_unchanged()?;
     state.end()
@@ -658,6 +843,15 @@ fn try_everything(state: &State, directory: &File) -> Vec<String> {
         state.device.set_enabled(false),
         &[libc::EPERM],
     );
+    let vm = state.before.first_vm();
+    let argument = uapi::Override {
+        vm,
+        ..Default::default()
+    };
+    for (name, command) in [("SET_VM", uapi::SET_VM), ("RESET_VM", uapi::RESET_VM)] {
+        let result = state.device.overriding(command, argument).map(drop);
+        note(name, result, &[libc::EPERM]);
+    }
     let opened = OpenOptions::new().read(true).open(uapi::DEVICE).map(drop);
     note("open", opened, &denied);
 
@@ -672,6 +866,8 @@ fn try_everything(state: &State, directory: &File) -> Vec<String> {
         (top.join("detach"), "/own"),
         (policy.join("disable"), "pause"),
         (policy.join("allow"), "none"),
+        (sysfs::vm_directory(vm).join("disable"), "pause"),
+        (sysfs::vm_directory(vm).join("vcpu0/disable"), "pause"),
     ] {
         let result = write(&path, content.as_bytes());
         note(&format!("{path:?}"), result, &denied);

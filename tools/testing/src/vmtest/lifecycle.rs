@@ -63,6 +63,7 @@ use crate::{
     },
     is_slow_host,
     matrix::{
+        check_exits_of,
         check_guest,
         floor, //
     },
@@ -72,12 +73,7 @@ use crate::{
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     let rounds = if is_slow_host()? { 25 } else { 100 };
     Ok(vec![
-        Test::new("lifecycle::running_vm_keeps_its_exits", move || {
-            running_vm_keeps_its_exits(vendor)
-        }),
-        Test::new("lifecycle::vm_older_than_the_module", move || {
-            vm_older_than_the_module(vendor)
-        }),
+        Test::new("lifecycle::running_vm", move || running_vm(vendor)),
         Test::new("lifecycle::device_in_use", device_in_use),
         Test::new("lifecycle::made_for_another_build", made_for_another_build),
         Test::new("lifecycle::no_sysfs_to_read_build_ids_from", no_sysfs),
@@ -94,10 +90,21 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     ])
 }
 
-/// rmmod while a guest runs, with exits disabled by a policy and by nobody.
-fn running_vm_keeps_its_exits(vendor: Vendor) -> Result<()> {
+/// Fails unless the module is in use, and so stays.
+pub fn ensure_not_unloadable() -> Result<()> {
+    let result = modules::unload(EXITPOLICY);
+    ensure!(
+        result == Err(Errno::EWOULDBLOCK),
+        "unloading the module while a VM needs it: {result:?}"
+    );
+    Ok(())
+}
+
+/// rmmod while a guest runs: refused if the VM was given something, and once all is given back, or
+/// nothing was given, the guest runs on without the module.
+fn running_vm(vendor: Vendor) -> Result<()> {
+    let floor = floor(vendor)?;
     for disable in [Exits::HLT, Exits::NONE] {
-        let effective = floor(vendor)? | disable;
         let cgroup = Cgroup::new("own")?;
         ioctl::set_policy(&cgroup, disable, Exits::ALL)?;
         let mut vmm = Vmm::start(&cgroup)?;
@@ -106,6 +113,15 @@ fn running_vm_keeps_its_exits(vendor: Vendor) -> Result<()> {
         vmm.start_run(vcpu, Work::new(Payload::Hlt, u32::MAX))?;
         ensure!(soon(|| Ok(vmm.progress(vcpu)? > 10))?, "the guest is stuck");
 
+        let holding = Device::open()?.info()?.holding;
+        ensure!(
+            holding == u64::from(!disable.is_empty()),
+            "{holding} VMs are held"
+        );
+        if !disable.is_empty() {
+            ensure_not_unloadable()?;
+            interface::drain()?;
+        }
         modules::unload(EXITPOLICY)?;
         let progress = vmm.progress(vcpu)?;
         ensure!(
@@ -113,47 +129,26 @@ fn running_vm_keeps_its_exits(vendor: Vendor) -> Result<()> {
             "the guest is stuck since the module is gone"
         );
         vmm.stop(vcpu)?;
-        check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, effective)
+        check_exits_of(vendor, &mut vmm, vcpu, Payload::Hlt, floor)
             .context("after the module was unloaded")?;
 
         modules::load(EXITPOLICY)?;
-        // The policies went with the module.
-        interface::ensure_empty()?;
-        ioctl::set_policy(&cgroup, Exits::HLT, Exits::NONE)?;
+        // The policies went with the module, and so did the VM's being known since its beginning.
+        ensure!(sysfs::policy_ids()?.is_empty(), "a policy outlived the module");
+        let view = interface::only_vm()?;
+        ensure!(
+            view.adopted && view.requested.is_empty() && view.effective == floor,
+            "{view:?}"
+        );
         let second = vmm.create_vcpu(vm, 1)?;
-        ensure!(ioctl::vms()?.is_empty(), "{:?}", ioctl::vms()?);
         for vcpu in [vcpu, second] {
-            check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, effective)
+            check_exits_of(vendor, &mut vmm, vcpu, Payload::Hlt, floor)
                 .context("after the module was loaded again")?;
         }
         vmm.kill()?;
         interface::ensure_no_vms()?;
-        ioctl::clear_policy(&cgroup)?;
     }
     Ok(())
-}
-
-/// A VM that was there before the module is left alone, and so is its end.
-fn vm_older_than_the_module(vendor: Vendor) -> Result<()> {
-    let floor = floor(vendor)?;
-    modules::unload(EXITPOLICY)?;
-    let cgroup = Cgroup::new("own")?;
-    let mut vmm = Vmm::start(&cgroup)?;
-    let vm = vmm.create_vm()?;
-    let vcpu = vmm.create_vcpu(vm, 0)?;
-    modules::load(EXITPOLICY)?;
-    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
-    let second = vmm.create_vcpu(vm, 1)?;
-    ensure!(ioctl::vms()?.is_empty(), "{:?}", ioctl::vms()?);
-    for vcpu in [vcpu, second] {
-        check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, floor)?;
-    }
-    vmm.close(vm)?;
-    // The same process's next VM is no older than the module.
-    let vm = vmm.create_vm()?;
-    let vcpu = vmm.create_vcpu(vm, 0)?;
-    ensure!(interface::only_vm()?.requested.is_empty(), "requested");
-    check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, floor | Exits::HLT)
 }
 
 /// Who has the device open keeps the module, and nobody else does.
@@ -381,6 +376,7 @@ fn every_order(vendor: Vendor, rounds: usize) -> Result<()> {
                 }),
                 Step::UnloadOurs => {
                     decided += ioctl::vms()?.len();
+                    interface::drain()?;
                     modules::unload(EXITPOLICY).context("cannot unload kvm_exitpolicy")
                 }
             };

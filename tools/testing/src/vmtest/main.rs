@@ -39,6 +39,7 @@ mod churn;
 mod command;
 mod guest;
 mod lifecycle;
+mod live;
 mod matrix;
 mod placement;
 mod stock;
@@ -145,6 +146,7 @@ fn tests() -> Result<Vec<Test>> {
         command::tests(vendor),
         bad_input::tests(),
         lifecycle::tests(vendor)?,
+        live::tests(vendor)?,
         cgroups::tests()?,
         guest::tests(vendor),
         // What was said between tests, and after the last one, by workers and the like.

@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    os::fd::AsRawFd,
     sync::Arc,
     thread, //
 };
@@ -23,7 +24,7 @@ use testing::{
         ioctl,
         sysfs,
         SwitchedOff,
-        VmView, //
+        VcpuView, //
     },
     payload::Payload,
     server::{
@@ -31,13 +32,17 @@ use testing::{
         Request, //
     },
     soon,
-    uapi::Device,
+    uapi::{
+        self,
+        Device, //
+    },
     vmm::Work, //
 };
 
 use crate::{
     child::in_child,
     matrix::{
+        check_exits_of,
         check_guest,
         floor,
         supported, //
@@ -170,30 +175,46 @@ fn leader_gone(vendor: Vendor) -> Result<()> {
     interface::ensure_no_vms()
 }
 
-/// A decision holds: neither a move nor another policy changes it, nor does another vCPU.
+/// A move is a new decision, also for the vCPUs that there are; what becomes of the cgroup that was
+/// left does not matter any more.
 fn moved_after_the_first_vcpu(vendor: Vendor) -> Result<()> {
-    let effective = floor(vendor)? | Exits::HLT;
+    let floor = floor(vendor)?;
     let (with, without) = (Cgroup::new("with")?, Cgroup::new("without")?);
     ioctl::set_policy(&with, Exits::HLT, Exits::ALL)?;
     let mut vmm = Vmm::start(&with)?;
     let vm = vmm.create_vm()?;
     let first = vmm.create_vcpu(vm, 0)?;
-    let before = interface::only_vm()?;
-
-    without.add_process(vmm.pid())?;
-    ioctl::set_policy(&with, Exits::NONE, Exits::NONE)?;
-    let second = vmm.create_vcpu(vm, 1)?;
-    let after = interface::only_vm()?;
-    ensure!(
-        after
-            == VmView {
-                vcpus: 2,
-                ..before.clone()
-            },
-        "{before:?}, then {after:?}"
-    );
-    check_hlt(vendor, &mut vmm, first, effective)?;
-    check_hlt(vendor, &mut vmm, second, effective)
+    // The guest's CPUID is made while HLT does not exit, so that it can be given back to it.
+    check_hlt(vendor, &mut vmm, first, floor | Exits::HLT)?;
+    let mut vcpus = vec![first];
+    for (index, (to, effective)) in [(&without, floor), (&with, floor | Exits::HLT)]
+        .into_iter()
+        .enumerate()
+    {
+        to.add_process(vmm.pid())?;
+        let moved = || -> Result<bool> {
+            let views = ioctl::vms()?;
+            let settled = |vcpu: &VcpuView| vcpu.wanted == effective;
+            Ok(views.len() == 1
+                && views[0].cgroup == to.path()
+                && views[0].effective == effective
+                && views[0].each.iter().all(settled))
+        };
+        ensure!(soon(moved)?, "after the move: {:?}", ioctl::vms()?);
+        vcpus.push(vmm.create_vcpu(vm, index + 1)?);
+        let view = interface::only_vm()?;
+        ensure!(view.each.len() == vcpus.len(), "{view:?}");
+        for vcpu in &vcpus {
+            check_exits_of(vendor, &mut vmm, *vcpu, Payload::Hlt, effective)?;
+        }
+        if to.path() == without.path() {
+            ioctl::set_policy(&with, Exits::NONE, Exits::ALL)?;
+            ensure!(interface::only_vm()?.effective == floor, "still in the old cgroup");
+            ioctl::set_policy(&with, Exits::HLT, Exits::ALL)?;
+            ensure!(interface::only_vm()?.effective == floor, "still in the old cgroup");
+        }
+    }
+    Ok(())
 }
 
 /// libvirt's way: the machine's cgroup is a domain, its vCPUs' and its emulator's are threaded.
@@ -238,7 +259,7 @@ fn vcpu_threads_in_threaded_cgroups(vendor: Vendor) -> Result<()> {
     Ok(())
 }
 
-/// Each VM has a decision of its own.
+/// Each VM has a decision of its own, which a policy for new VMs does not change.
 fn two_vms_of_one_process(vendor: Vendor) -> Result<()> {
     let floor = floor(vendor)?;
     let cgroup = Cgroup::new("own")?;
@@ -246,7 +267,15 @@ fn two_vms_of_one_process(vendor: Vendor) -> Result<()> {
     let vms = [vmm.create_vm()?, vmm.create_vm()?];
     ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
     let first = vmm.create_vcpu(vms[0], 0)?;
-    ioctl::set_policy(&cgroup, Exits::NONE, Exits::ALL)?;
+    let directory = cgroup.open()?;
+    Device::open()?.policy(
+        uapi::SET_POLICY,
+        uapi::Policy {
+            flags: uapi::POLICY_DISABLE | uapi::NEW_ONLY,
+            cgroup_fd: directory.as_raw_fd(),
+            ..Default::default()
+        },
+    )?;
     let second = vmm.create_vcpu(vms[1], 0)?;
 
     let views = ioctl::vms()?;
@@ -466,7 +495,7 @@ fn vmm_killed() -> Result<()> {
     interface::ensure_no_vms()
 }
 
-/// The master switch: new VMs are left alone, earlier ones keep what they have.
+/// The master switch: off, every VM has what its VMM asked for; on, every VM is decided on.
 fn switched_off(vendor: Vendor) -> Result<()> {
     let floor = floor(vendor)?;
     let give = Cgroup::new("give")?;
@@ -477,11 +506,15 @@ fn switched_off(vendor: Vendor) -> Result<()> {
     let mut early = Vmm::start(&give)?;
     let vm = early.create_vm()?;
     let early_vcpu = early.create_vcpu(vm, 0)?;
+    check_hlt(vendor, &mut early, early_vcpu, floor | Exits::HLT)?;
+    let hlt = |vmm: &mut Vmm, vcpu, effective| -> Result<()> {
+        check_exits_of(vendor, vmm, vcpu, Payload::Hlt, effective).map(drop)
+    };
 
     let off = SwitchedOff::new()?;
     ensure!(sysfs::top("enabled")? == "0", "enabled");
     let clamps = Device::open()?.info()?.clamps;
-    check_hlt(vendor, &mut early, early_vcpu, floor | Exits::HLT)?;
+    hlt(&mut early, early_vcpu, floor).context("given back")?;
 
     let mut given = Vmm::start(&give)?;
     let vm = given.create_vm()?;
@@ -493,35 +526,56 @@ fn switched_off(vendor: Vendor) -> Result<()> {
     asking.disable_exits(vm, Exits::HLT)?;
     let asking_vcpu = asking.create_vcpu(vm, 0)?;
     check_hlt(vendor, &mut asking, asking_vcpu, floor | Exits::HLT)?;
-    ensure!(
-        Device::open()?.info()?.clamps == clamps,
-        "something was clamped"
-    );
+    let info = Device::open()?.info()?;
+    ensure!(info.clamps == clamps, "something was clamped");
+    ensure!(info.holding == 0, "{} VMs are held", info.holding);
 
     drop(off);
     ensure!(sysfs::top("enabled")? == "1", "enabled");
+    hlt(&mut early, early_vcpu, floor | Exits::HLT).context("given again")?;
+    hlt(&mut asking, asking_vcpu, floor).context("clamped now")?;
+    // On Intel, this one's guest was told of PV_UNHALT when nothing was in the way of it.
+    let views = ioctl::vms()?;
+    let view = views.iter().find(|view| view.pid == given.pid());
+    let view = view.context("the VM is gone")?;
+    ensure!(view.effective == floor | Exits::HLT, "{view:?}");
+    let has = match vendor {
+        Vendor::Svm => floor | Exits::HLT,
+        Vendor::Vmx => floor,
+    };
+    ensure!(view.refused == view.effective & !has, "{view:?}");
+    hlt(&mut given, given_vcpu, has)?;
+
     let vm = asking.create_vm()?;
     asking.disable_exits(vm, Exits::HLT)?;
     let clamped_vcpu = asking.create_vcpu(vm, 0)?;
     check_hlt(vendor, &mut asking, clamped_vcpu, floor)?;
-    check_hlt(vendor, &mut given, given_vcpu, floor)
+    let info = Device::open()?.info()?;
+    ensure!(
+        info.clamps - clamps == 2,
+        "clamps went from {clamps} to {}",
+        info.clamps
+    );
+    Ok(())
 }
 
 /// A VM outlives its cgroup.
 fn cgroup_removed() -> Result<()> {
     let refuge = Cgroup::new("refuge")?;
     let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
     let mut vmm = Vmm::start(&cgroup)?;
     let vm = vmm.create_vm()?;
     vmm.create_vcpu(vm, 0)?;
     let before = interface::only_vm()?;
     refuge.add_process(vmm.pid())?;
     cgroup.remove()?;
-    let expected = VmView {
-        cgroup: "removed".to_string(),
-        ..before
-    };
+    ensure!(
+        soon(|| Ok(interface::only_vm()?.cgroup == refuge.path()))?,
+        "{:?}",
+        ioctl::vms()?
+    );
     let view = interface::only_vm()?;
-    ensure!(view == expected, "{view:?}");
+    ensure!(view.effective == before.effective & !Exits::HLT, "{view:?}");
     Ok(())
 }

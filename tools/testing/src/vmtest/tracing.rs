@@ -42,12 +42,15 @@ pub fn hooked_functions() -> Result<Vec<String>> {
     Ok(text.lines().map(str::to_string).collect())
 }
 
-/// Two functions are hooked, neither of them on the entry/exit path, and not by function-graph,
+/// Five functions are hooked, none of them on the entry/exit path, and not by function-graph,
 /// which would cost every thread of the host a shadow stack.
 fn hooks(vendor: Vendor) -> Result<()> {
     let vmx_or_svm = vendor.name();
     let expected = [
+        "kvm_set_cpuid".to_string(),
+        format!("{vmx_or_svm}_recalc_intercepts"),
         format!("{vmx_or_svm}_vcpu_create"),
+        format!("{vmx_or_svm}_vcpu_free"),
         format!("{vmx_or_svm}_vm_destroy"),
     ];
     let hooked = hooked_functions()?;

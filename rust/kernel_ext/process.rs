@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Processes by a reference that does not keep them.
+//!
+//! C header: [`include/linux/pid.h`](srctree/include/linux/pid.h).
+
+use crate::bindings as shim;
+use core::ptr::NonNull;
+use kernel::{
+    bindings,
+    task::Task, //
+};
+
+/// A thread group, that may have ended. Its number is not used again while there is a reference.
+///
+/// # Invariants
+///
+/// Points to a `struct pid` with a reference that is ours.
+pub(crate) struct Process(NonNull<bindings::pid>);
+
+// SAFETY: A `struct pid` may be used and put from any thread.
+unsafe impl Send for Process {}
+// SAFETY: The methods of `&Process` may run in parallel.
+unsafe impl Sync for Process {}
+
+impl Process {
+    /// The process of a task. Any context.
+    pub(crate) fn of(task: &Task) -> Option<Self> {
+        // SAFETY: The task is valid.
+        let pid = unsafe { shim::exitpolicy_task_process(task.as_ptr().cast()) };
+        // INVARIANT: Returned with a reference.
+        NonNull::new(pid.cast()).map(Self)
+    }
+
+    /// Its number in the initial pid namespace.
+    pub(crate) fn number(&self) -> u32 {
+        // SAFETY: Valid, by the type invariant.
+        unsafe { shim::exitpolicy_pid_number(self.as_ptr()) }
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut shim::pid {
+        self.0.as_ptr().cast()
+    }
+}
+
+impl Clone for Process {
+    fn clone(&self) -> Self {
+        // SAFETY: Valid, by the type invariant.
+        unsafe { shim::exitpolicy_pid_get(self.as_ptr()) };
+        // INVARIANT: With the reference from above.
+        Self(self.0)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // SAFETY: The reference is ours, by the type invariant.
+        unsafe { bindings::put_pid(self.0.as_ptr()) };
+    }
+}

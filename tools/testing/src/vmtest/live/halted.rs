@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `hlt` changes while the guest halts.
+//!
+//! On Intel a vCPU that halted natively stays halted, for the CPU, until something says otherwise;
+//! who takes HLT's exits back has to, by each of the ways on which a VMM goes on from there.
+
+use anyhow::{
+    ensure,
+    Context,
+    Result, //
+};
+use exitpolicy_policy::Exits;
+use testing::{
+    cgroup::Cgroup,
+    exits::Vendor,
+    payload::{
+        Payload,
+        TIMER_VECTOR, //
+    },
+    soon,
+    vmm::{
+        Action,
+        Report,
+        Work,
+        SIPI_PAGE, //
+    }, //
+};
+
+use super::{
+    few,
+    is_certain,
+    Rig, //
+};
+use crate::Test;
+
+/// How often each is done.
+const ROUNDS: u32 = 5;
+
+/// The vCPU that halts. The other one sends it what wakes it.
+const SLEEPER: usize = 1;
+const WAKER: usize = 0;
+
+/// LAPIC: an INIT, a start-up IPI, and the interrupt of the timer's vector.
+const ICR_INIT: u32 = 0x4500;
+const ICR_SIPI: u32 = 0x4600 | SIPI_PAGE as u32;
+const ICR_FIXED: u32 = 0x4000 | TIMER_VECTOR as u32;
+
+pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
+    type Body = fn(&mut Rig) -> Result<()>;
+    let tests: [(&str, Body); 13] = [
+        ("taken_then_timer", taken_then_timer),
+        ("taken_then_ipi", taken_then_ipi),
+        ("taken_and_given_then_ipi", taken_and_given_then_ipi),
+        ("given_while_blocked", given_while_blocked),
+        ("taken_then_runnable", |rig| runnable(rig, true)),
+        ("runnable_then_taken", |rig| runnable(rig, false)),
+        ("taken_then_nmi", |rig| event(rig, Action::Nmi, true)),
+        ("nmi_then_taken", |rig| event(rig, Action::Nmi, false)),
+        ("taken_then_exception", |rig| {
+            event(rig, Action::InjectException, true)
+        }),
+        ("exception_then_taken", |rig| {
+            event(rig, Action::InjectException, false)
+        }),
+        ("taken_then_init_sipi", |rig| init_sipi(rig, true)),
+        ("taken_between_init_and_sipi", |rig| init_sipi(rig, false)),
+        ("taken_then_migrated", migrated),
+    ];
+    let tests = tests.into_iter().map(|(name, body)| {
+        Test::new(format!("live::halted::{name}"), move || {
+            for round in 0..ROUNDS {
+                let cgroup = Cgroup::new("own")?;
+                let mut rig = Rig::pair(vendor, &cgroup)?;
+                body(&mut rig).with_context(|| format!("round {round}"))?;
+                rig.end()?;
+            }
+            Ok(())
+        })
+    });
+    Ok(tests.collect())
+}
+
+/// A guest that halts once, and its timer, in ns; 0 for none.
+fn one_halt(ticks: u32) -> Work {
+    Work {
+        ticks,
+        until: 1,
+        ..Work::gated(Payload::Hlt)
+    }
+}
+
+/// The vCPU is in its first HLT: it has begun, and was interrupted since by the host, more than
+/// once, without getting to its end.
+fn wait_for_native_halt(rig: &Rig, vcpu: usize) -> Result<()> {
+    let counter = rig.counter()?;
+    rig.wait(|| rig.guest.params(vcpu).begun == 1)?;
+    let total = || -> Result<u64> { Ok(counter.read()?[vcpu].total()) };
+    let before = total()?;
+    ensure!(
+        soon(|| Ok(total()? >= before + 3))?,
+        "the host leaves the vCPU alone"
+    );
+    ensure!(rig.guest.params(vcpu).executed == 0, "it did not halt");
+    Ok(())
+}
+
+/// Gives HLT natively, and lets the sleeper halt so.
+fn fall_asleep(rig: &mut Rig, ticks: u32) -> Result<()> {
+    rig.set(None, Exits::HLT)?;
+    rig.start_one(SLEEPER, one_halt(ticks))?;
+    wait_for_native_halt(rig, SLEEPER)
+}
+
+/// What the waker sends, once for each time that its gate is opened.
+fn sender(icr: u32) -> Work {
+    Work {
+        // Destination: the sleeper's x2APIC id, which is its index.
+        icr: [icr, SLEEPER as u32],
+        ..Work::gated(Payload::Ipi)
+    }
+}
+
+fn send(rig: &mut Rig, icr: u32) -> Result<()> {
+    rig.start_one(WAKER, sender(icr))?;
+    rig.step(&[WAKER], 1)?;
+    rig.vmm.stop(rig.vcpus[WAKER]).map(drop)
+}
+
+fn wait_for_end_of_halt(rig: &Rig) -> Result<()> {
+    rig.wait(|| rig.guest.params(SLEEPER).executed == 1)
+        .context("the vCPU sleeps on")
+}
+
+/// The sleeper halts on, each time with an exit or without, ended by its timer.
+fn halts_on(rig: &mut Rig, passes: bool) -> Result<()> {
+    let counter = rig.counter()?;
+    let before = counter.read()?;
+    let work = Work::gated(Payload::Hlt);
+    rig.vmm.stop(rig.vcpus[SLEEPER])?;
+    rig.start_one(SLEEPER, work)?;
+    rig.step(&[SLEEPER], few(Payload::Hlt))?;
+    let exits = before[SLEEPER].until(&counter.read()?[SLEEPER]);
+    let expected = if passes { 0 } else { few(Payload::Hlt) };
+    ensure!(
+        exits.of(rig.vendor, Payload::Hlt) == [u64::from(expected)],
+        "{exits:?}, should be {expected} for HLT"
+    );
+    rig.vmm.stop(rig.vcpus[SLEEPER]).map(drop)
+}
+
+/// Not soon, but before anyone gives up.
+const FAR: u32 = 300_000_000;
+
+fn taken_then_timer(rig: &mut Rig) -> Result<()> {
+    fall_asleep(rig, FAR)?;
+    rig.reset(None)?;
+    wait_for_end_of_halt(rig)?;
+    halts_on(rig, false)
+}
+
+fn taken_then_ipi(rig: &mut Rig) -> Result<()> {
+    fall_asleep(rig, 0)?;
+    rig.reset(None)?;
+    send(rig, ICR_FIXED)?;
+    wait_for_end_of_halt(rig)?;
+    halts_on(rig, false)
+}
+
+fn taken_and_given_then_ipi(rig: &mut Rig) -> Result<()> {
+    fall_asleep(rig, 0)?;
+    for _ in 0..20 {
+        rig.reset(None)?;
+        rig.set(None, Exits::HLT)?;
+    }
+    send(rig, ICR_FIXED)?;
+    wait_for_end_of_halt(rig)?;
+    halts_on(rig, true)
+}
+
+/// The guest sleeps in KVM, not in the CPU, when HLT is given.
+fn given_while_blocked(rig: &mut Rig) -> Result<()> {
+    rig.start_one(SLEEPER, one_halt(0))?;
+    let counter = rig.counter()?;
+    rig.wait(|| rig.guest.params(SLEEPER).begun == 1)?;
+    let vendor = rig.vendor;
+    ensure!(
+        soon(|| Ok(counter.read()?[SLEEPER].of(vendor, Payload::Hlt) == [1]))?,
+        "the guest did not halt"
+    );
+    drop(counter);
+    rig.set(None, Exits::HLT)?;
+    // It need not be woken for that.
+    let state = &rig.view()?.vcpu(SLEEPER as u32)?.state.clone();
+    ensure!(is_certain(state), "{state}");
+    ensure!(rig.guest.params(SLEEPER).executed == 0, "it woke by the change");
+    send(rig, ICR_FIXED)?;
+    wait_for_end_of_halt(rig)?;
+    halts_on(rig, true)
+}
+
+/// Out of KVM_RUN, with the guest halting.
+fn leave(rig: &mut Rig) -> Result<Report> {
+    let report = rig.vmm.leave(rig.vcpus[SLEEPER])?;
+    ensure!(
+        report.executed == 0 && report.stuck_at.is_some(),
+        "the guest was not halting: {report:?}"
+    );
+    Ok(report)
+}
+
+/// Takes HLT back from a vCPU that is outside KVM_RUN, and so gets it when it enters.
+fn take_outside(rig: &Rig) -> Result<()> {
+    rig.reset(None)?;
+    let view = rig.view()?;
+    let state = &view.vcpu(SLEEPER as u32)?.state;
+    ensure!(is_certain(state), "{view:?}");
+    Ok(())
+}
+
+/// A reset, as VMMs do it: the vCPU runs something else from now on.
+fn runnable(rig: &mut Rig, take_first: bool) -> Result<()> {
+    fall_asleep(rig, 0)?;
+    leave(rig)?;
+    let sleeper = rig.vcpus[SLEEPER];
+    if take_first {
+        take_outside(rig)?;
+    }
+    rig.vmm.act(sleeper, Action::SetRunnable)?;
+    rig.vmm.prepare(sleeper, one_halt(50_000))?;
+    if !take_first {
+        take_outside(rig)?;
+    }
+    rig.vmm.go_on(sleeper)?;
+    wait_for_end_of_halt(rig)?;
+    halts_on(rig, false)
+}
+
+/// Something that ends any HLT, given by the VMM.
+fn event(rig: &mut Rig, action: Action, take_first: bool) -> Result<()> {
+    fall_asleep(rig, 0)?;
+    leave(rig)?;
+    let sleeper = rig.vcpus[SLEEPER];
+    if take_first {
+        take_outside(rig)?;
+    }
+    rig.vmm.act(sleeper, action)?;
+    if !take_first {
+        take_outside(rig)?;
+    }
+    rig.vmm.go_on(sleeper)?;
+    wait_for_end_of_halt(rig)?;
+    let params = rig.guest.params(SLEEPER);
+    let expected = match action {
+        Action::Nmi => (1, 0),
+        _ => (0, 1),
+    };
+    ensure!(
+        (params.nmis, params.exceptions) == expected,
+        "{params:?}"
+    );
+    halts_on(rig, false)
+}
+
+/// The guest's own reset of a vCPU.
+fn init_sipi(rig: &mut Rig, take_first: bool) -> Result<()> {
+    fall_asleep(rig, 0)?;
+    if take_first {
+        rig.reset(None)?;
+    }
+    send(rig, ICR_INIT)?;
+    if !take_first {
+        rig.reset(None)?;
+    }
+    send(rig, ICR_SIPI)?;
+    let sleeper = rig.vcpus[SLEEPER];
+    ensure!(soon(|| rig.vmm.ended(sleeper))?, "the vCPU sleeps on");
+    let report = rig.vmm.wait(sleeper)?;
+    ensure!(report.by_sipi && report.executed == 0, "{report:?}");
+    Ok(())
+}
+
+/// The vCPU goes on in another VM, whose vCPU halted natively too.
+fn migrated(rig: &mut Rig) -> Result<()> {
+    // KVM wants the LAPIC's id to be the same.
+    let here = rig.vcpus[SLEEPER];
+    let twin = rig.vmm.create_twin(rig.vm)?;
+    rig.vmm.hide_pv_unhalt(twin)?;
+    let there = rig.vmm.create_vcpu(twin, SLEEPER)?;
+    let views = testing::interface::ioctl::vms()?;
+    let twin_id = views.iter().map(|view| view.id).max().context("no VM")?;
+    let change = |id, exits: Option<Exits>| -> Result<()> {
+        let pending = match exits {
+            Some(exits) => testing::interface::ioctl::set_override(id, None, exits)?,
+            None => testing::interface::ioctl::reset_override(id, None)?,
+        };
+        ensure!(pending == 0, "{pending} vCPUs are pending");
+        Ok(())
+    };
+    // The one that is to be overwritten halts.
+    change(twin_id, Some(Exits::HLT))?;
+    rig.vmm.start_run(there, one_halt(0))?;
+    rig.wait(|| rig.guest.params(SLEEPER).begun == 1)?;
+    for _ in 0..10 {
+        testing::pause();
+    }
+    let report = rig.vmm.leave(there)?;
+    ensure!(report.executed == 0, "{report:?}");
+
+    fall_asleep(rig, 0)?;
+    leave(rig)?;
+    change(rig.id, None)?;
+    change(twin_id, None)?;
+    rig.vmm.migrate(here, there)?;
+    rig.vmm.act(there, Action::Nmi)?;
+    rig.vmm.go_on(there)?;
+    wait_for_end_of_halt(rig)?;
+    rig.vmm.stop(there)?;
+    rig.vmm.close(twin)?;
+    Ok(())
+}
