@@ -212,8 +212,10 @@ impl Vm {
 
     /// Brings the flags in step with the vCPUs. `quiet` is whether no CPU looks at a vCPU now.
     pub(crate) fn write_flags(&mut self, kvm: kvm::Vm<'_>, vendor: &dyn Vendor, quiet: bool) {
-        // Until one is online, KVM_ENABLE_CAP may be writing them.
-        if kvm.online_vcpus() == 0 {
+        // Until one is online, KVM_ENABLE_CAP may be writing them. One that is not known, for lack
+        // of memory, may need any of them.
+        let online = kvm.online_vcpus() as usize;
+        if online == 0 || self.vcpus.len() < online {
             return;
         }
         let bits = kvm.disabled_exits();
@@ -223,7 +225,6 @@ impl Vm {
             now,
             self.keep,
             self.home(),
-            self.limits.target(self.decision.effective, now),
             self.vcpus.iter().map(|vcpu| Change {
                 target: self.target(vcpu),
                 in_force: vcpu.in_force,

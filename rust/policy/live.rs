@@ -65,16 +65,15 @@ pub fn permitted(target: Exits, flags: Exits) -> Exits {
 /// - `keep`: what was set when the guest's CPUID was made, and its VMM asked for. Its flags stay, so
 ///   that the VMM can repeat that CPUID.
 /// - `home`: what the VM has by itself: the floor, and what its VMM asked for.
-/// - `next`: the target of a vCPU that may be made.
+/// - `vcpus`: all of them, and at least one.
 pub fn flags(
     now: Exits,
     keep: Exits,
     home: Exits,
-    next: Exits,
     vcpus: impl IntoIterator<Item = Change>,
 ) -> Exits {
     let (some, every_target, every_in_force) = vcpus.into_iter().fold(
-        (keep | next, next, Exits::ALL),
+        (keep, Exits::ALL, Exits::ALL),
         |(some, target, in_force), vcpu| {
             (
                 some | vcpu.target | vcpu.in_force,

@@ -258,7 +258,8 @@ COLUMNS
   clamped    what the VMM asked for and \"allow\" took away
   override   what stands in for the cgroup's \"disable\", if 'vm set' said so
   adopted    whether the VM is older than the module
-  state      whether it has what it should have
+  state      whether it has what it should have: else how many of its vCPUs are pending
+             or change at their next entry, and what is refused
 
 OF EACH VCPU
   vcpu       its id, as in KVM_CREATE_VCPU

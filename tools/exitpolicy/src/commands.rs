@@ -334,6 +334,11 @@ impl Runner {
             thread::sleep(INTERVAL);
         }
 
+        // What cannot be taken back does not keep the module.
+        let notes = look(&device, |_| true)?
+            .iter()
+            .filter_map(|seen| notes::on_refused(&seen.vm, &seen.vcpus))
+            .collect();
         // It is a use of the module, too.
         drop(device);
         loop {
@@ -346,7 +351,7 @@ impl Runner {
                 Err(error) => return Err(LeftOff::Refused(error).into()),
             }
         }
-        Ok(self.answer(&UnloadView { unloaded: true }, Vec::new()))
+        Ok(self.answer(&UnloadView { unloaded: true }, notes))
     }
 
     fn set_policy(&self, set: &PolicySet) -> Result<Answer, Error> {
@@ -621,7 +626,7 @@ fn held(device: &Device, timeout: Timeout, holding: u64) -> Result<LeftOff, Erro
             let meant: Vec<_> = seen
                 .vcpus
                 .iter()
-                .filter(|vcpu| vcpu.state != State::InForce || !vcpu.withheld().is_empty())
+                .filter(|vcpu| vcpu.state != State::InForce)
                 .copied()
                 .collect();
             (!meant.is_empty())

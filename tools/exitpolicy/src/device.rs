@@ -5,6 +5,7 @@
 use crate::{
     cgroup::Cgroup,
     live::{
+        differing,
         Apply,
         Refusal,
         State,
@@ -126,14 +127,17 @@ impl Vm {
         self.floor | self.requested
     }
 
-    /// Whether the VM, whose vCPUs are given, has or should have something else than that. Then
+    /// Whether the VM, whose vCPUs are given, has something else than that, and can change. Then
     /// it holds the module.
     pub fn holds(&self, vcpus: &[Vcpu]) -> bool {
         let plain = self.of_its_vmm();
-        self.effective != plain
-            || vcpus.iter().any(|vcpu| {
-                vcpu.wanted != plain || vcpu.in_force != plain || vcpu.state != State::InForce
-            })
+        if vcpus.is_empty() {
+            return self.effective != plain;
+        }
+        vcpus.iter().any(|vcpu| {
+            let differing = differing(vcpu.in_force, plain) & !vcpu.refused;
+            !differing.is_empty() || vcpu.state != State::InForce
+        })
     }
 
     /// What of `refused` makes a difference, if the VM's vCPUs, which are given, say so.

@@ -261,7 +261,7 @@ impl fmt::Display for Vcpu {
 }
 
 /// What is in one of the two sets.
-fn differing(one: Exits, other: Exits) -> Exits {
+pub(crate) fn differing(one: Exits, other: Exits) -> Exits {
     (one & !other) | (other & !one)
 }
 

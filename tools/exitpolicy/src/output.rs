@@ -12,6 +12,7 @@ use exitpolicy::{
     },
     live::{
         Refusal,
+        State,
         Vcpu, //
     },
     policy::{
@@ -514,7 +515,7 @@ pub struct VmView {
     pub override_: Option<Set>,
     pub refused: Set,
     pub refusal: Option<&'static str>,
-    pub pending: u32,
+    pub pending: usize,
     pub adopted: bool,
     pub vcpu_list: Vec<VcpuView>,
     /// For people.
@@ -541,10 +542,21 @@ pub struct VcpuView {
 impl VmView {
     pub fn new(vm: device::Vm, vcpus: &[Vcpu], cgroup: CgroupView) -> Self {
         let withheld = vm.withheld(vcpus);
-        let pending = (vm.pending > 0).then(|| format!("{} pending", vm.pending));
+        let count =
+            |is_meant: fn(State) -> bool| vcpus.iter().filter(|vcpu| is_meant(vcpu.state)).count();
+        let behind = count(State::is_behind);
+        let next_entry = count(|state| state == State::NextEntry);
+        let on_their_way: Vec<_> = [
+            (behind, State::Pending),
+            (next_entry, State::NextEntry), //
+        ]
+        .into_iter()
+        .filter(|(number, _)| *number > 0)
+        .map(|(number, state)| format!("{number} {state}"))
+        .collect();
         let refused = (!withheld.is_empty()).then(|| format!("{withheld} refused"));
         let state = |refused: Option<String>| {
-            let parts: Vec<_> = pending.clone().into_iter().chain(refused).collect();
+            let parts: Vec<_> = on_their_way.iter().cloned().chain(refused).collect();
             if parts.is_empty() {
                 "in force".into()
             } else {
@@ -567,7 +579,8 @@ impl VmView {
             override_: vm.disable.map(Set),
             refused: Set(vm.refused),
             refusal: vm.refusal.map(Refusal::name),
-            pending: vm.pending,
+            // Not the module's number, which was asked for at another time.
+            pending: behind + next_entry,
             adopted: vm.adopted,
             vcpu_list: vcpus.iter().map(VcpuView::from).collect(),
             short_state: state(refused.clone()),

@@ -74,13 +74,15 @@ fn references(host: &Host) -> Option<u64> {
     count.parse().ok()
 }
 
-/// Those that have the device open, as far as may be seen.
+/// Those that have the device open, as far as may be seen, without this process: it may have been
+/// handed the device by one of them, and ends anyway.
 fn users(host: &Host) -> Vec<Process> {
     let mut users: Vec<_> = entries(&host.path("/proc"))
         .into_iter()
         .filter_map(|directory| {
             let pid = directory.file_name()?.to_str()?.parse().ok()?;
-            has_open(&directory.join("fd")).then(|| Process {
+            let is_other = pid != std::process::id();
+            (is_other && has_open(&directory.join("fd"))).then(|| Process {
                 pid,
                 name: host
                     .read(Path::new("/proc").join(pid.to_string()).join("comm"))

@@ -460,14 +460,47 @@ pub mod command {
         Ok(set)
     }
 
+    fn number(object: &Value, key: &str) -> Result<u64> {
+        let number = object[key].as_u64();
+        number.with_context(|| format!("no number {key} in {object}"))
+    }
+
+    fn set(object: &Value, key: &str) -> Result<Exits> {
+        exits(&object[key]).with_context(|| format!("{key} in {object}"))
+    }
+
+    /// A set, or null for no override.
+    fn override_in(object: &Value) -> Result<Option<Exits>> {
+        match object.get("override").context("no override")? {
+            Value::Null => Ok(None),
+            _ => set(object, "override").map(Some),
+        }
+    }
+
+    fn vcpu(vcpu: &Value) -> Result<VcpuView> {
+        // What is for people is written there in other words.
+        let state = vcpu["state"].as_str().context("no state")?;
+        Ok(VcpuView {
+            id: number(vcpu, "vcpu")?.try_into()?,
+            disable: override_in(vcpu)?,
+            wanted: set(vcpu, "wanted")?,
+            in_force: set(vcpu, "in_force")?,
+            state: match state {
+                "in_force" => IN_FORCE,
+                "at_next_entry" => NEXT_ENTRY,
+                "in_l2" => "pending: in L2",
+                other => other,
+            }
+            .to_string(),
+        })
+    }
+
     /// One VM.
     pub fn vm(id: u64) -> Result<VmView> {
         let vm = json(&["vm", "show", &id.to_string()])?;
-        let number = |key: &str| {
-            let number = vm[key].as_u64();
-            number.with_context(|| format!("no number {key} in {vm}"))
-        };
-        let set = |key: &str| exits(&vm[key]).with_context(|| format!("{key} in {vm}"));
+        let number = |key| number(&vm, key);
+        let set = |key| set(&vm, key);
+        let each = vm["vcpu_list"].as_array().context("vcpu_list")?;
         let cgroup = if vm["cgroup"]["removed"] == true {
             Some("removed")
         } else {
@@ -482,6 +515,15 @@ pub mod command {
             requested: set("requested")?,
             effective: set("effective")?,
             clamped: set("clamped")?,
+            disable: override_in(&vm)?,
+            refused: set("refused")?,
+            refusal: match &vm["refusal"] {
+                Value::Null => "none".to_string(),
+                refusal => refusal.as_str().context("refusal")?.to_string(),
+            },
+            pending: number("pending")?.try_into()?,
+            adopted: vm["adopted"].as_bool().context("adopted")?,
+            each: each.iter().map(vcpu).collect::<Result<_>>()?,
         })
     }
 

@@ -176,12 +176,6 @@ impl Rig {
         Ok(())
     }
 
-    /// Ends a run, and begins another one.
-    fn restart(&mut self, payload: Payload) -> Result<()> {
-        self.stop()?;
-        self.start(payload)
-    }
-
     /// Waits for something that the guest or KVM does soon.
     fn wait(&self, mut is_so: impl FnMut() -> bool) -> Result<()> {
         for look in 0..POLLS {

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The module is loaded on a host where VMs run already.
+
+use anyhow::{
+    ensure,
+    Context,
+    Result, //
+};
+use exitpolicy_policy::Exits;
+use testing::{
+    cgroup::Cgroup,
+    exits::Vendor,
+    interface::{
+        self,
+        ioctl,
+        sysfs, //
+    },
+    modules::{
+        self,
+        EXITPOLICY, //
+    },
+    payload::Payload,
+    uapi::Device,
+    vmm::Work, //
+};
+
+use super::{
+    changeable,
+    Make,
+    Rig, //
+};
+use crate::{
+    lifecycle::ensure_not_unloadable,
+    matrix::floor,
+    Test, //
+};
+
+pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
+    let other = changeable(vendor)? & !Exits::HLT;
+    let other = other.iter().next().context("nothing but HLT")?;
+    Ok([
+        ("asked_for_nothing", Exits::NONE),
+        ("asked_for_hlt", Exits::HLT),
+        ("asked_for_another", other),
+    ]
+    .into_iter()
+    .map(|(name, requested)| {
+        Test::new(format!("live::loaded::{name}"), move || {
+            adopted(vendor, requested)
+        })
+    })
+    .chain([
+        Test::new("live::loaded::without_a_vcpu", move || {
+            without_a_vcpu(vendor, other)
+        }),
+        Test::new("live::loaded::again_and_again", move || {
+            again_and_again(vendor)
+        }),
+    ])
+    .collect())
+}
+
+/// A VM that runs is taken for what it is, changed, given back, and left.
+fn adopted(vendor: Vendor, requested: Exits) -> Result<()> {
+    let floor = floor(vendor)?;
+    modules::unload(EXITPOLICY)?;
+    let cgroup = Cgroup::new("own")?;
+    let make = Make {
+        vcpus: 2,
+        requested,
+        // KVM takes it out if HLT was asked for.
+        pv_unhalt: requested.contains(Exits::HLT),
+    };
+    let mut rig = Rig::new(vendor, &cgroup, make)?;
+    rig.start(Payload::Hlt)?;
+    let counter = rig.counter()?;
+    let asked = requested.contains(Exits::HLT);
+    rig.check_all(&counter, Payload::Hlt, asked)?;
+
+    modules::load(EXITPOLICY)?;
+    let view = interface::only_vm()?;
+    ensure!(
+        view.adopted
+            && view.requested == requested
+            && view.effective == floor | requested
+            && view.floor == floor
+            && view.clamped.is_empty()
+            && view.cgroup == cgroup.path()
+            && view.pid == rig.vmm.pid()
+            && view.vcpus == 2
+            && view.each.len() == 2
+            && view.pending == 0,
+        "{view:?}"
+    );
+    rig.id = view.id;
+    rig.check_all(&counter, Payload::Hlt, asked)
+        .context("adopted")?;
+    // Nothing is given, nothing is held.
+    let info = Device::open()?.info()?;
+    ensure!((info.holding, info.missed) == (0, 0), "{info:?}");
+
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    rig.ensure_settled()?;
+    rig.check_all(&counter, Payload::Hlt, true).context("given")?;
+    ioctl::set_policy(&cgroup, Exits::NONE, Exits::NONE)?;
+    rig.ensure_settled()?;
+    rig.check_all(&counter, Payload::Hlt, false)
+        .context("taken")?;
+    let view = rig.settled()?;
+    ensure!(view.clamped == requested, "{view:?}");
+    if !requested.is_empty() {
+        ensure_not_unloadable()?;
+    }
+    rig.set(Some(1), Exits::ALL)?;
+    rig.check_all(&counter, Payload::Hlt, false)
+        .context("not allowed")?;
+    ioctl::set_policy(&cgroup, Exits::NONE, Exits::ALL)?;
+    rig.check(&counter, Payload::Hlt, &[asked, true])
+        .context("one vCPU")?;
+    ensure_not_unloadable()?;
+    // A vCPU that comes later is none the worse.
+    let late = rig.vmm.create_vcpu(rig.vm, 2)?;
+    drop(counter);
+    rig.vcpus.push(late);
+    rig.start_one(2, Work::gated(Payload::Hlt))?;
+    let counter = rig.counter()?;
+    rig.check(&counter, Payload::Hlt, &[asked, true, asked])
+        .context("a late vCPU")?;
+
+    interface::drain()?;
+    rig.check_all(&counter, Payload::Hlt, asked)
+        .context("given back")?;
+    drop(counter);
+    rig.stop()?;
+    rig.check_each(floor | requested)?;
+    modules::unload(EXITPOLICY)?;
+    rig.check_each(floor | requested)?;
+    modules::load(EXITPOLICY)?;
+    ensure!(interface::only_vm()?.requested == requested, "loaded again");
+    rig.end()
+}
+
+/// A VM that has no vCPU yet is like one that is yet to be made.
+fn without_a_vcpu(vendor: Vendor, other: Exits) -> Result<()> {
+    modules::unload(EXITPOLICY)?;
+    let cgroup = Cgroup::new("own")?;
+    let make = Make {
+        vcpus: 0,
+        requested: other,
+        ..Make::default()
+    };
+    let mut rig = Rig::new(vendor, &cgroup, make)?;
+    modules::load(EXITPOLICY)?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let vcpu = rig.vmm.create_vcpu(rig.vm, 0)?;
+    rig.vcpus.push(vcpu);
+    let view = interface::only_vm()?;
+    ensure!(
+        view.requested == other && view.effective == floor(vendor)? | other | Exits::HLT,
+        "{view:?}"
+    );
+    rig.id = view.id;
+    rig.check_each(view.effective)?;
+    rig.end()
+}
+
+/// Several VMs run on while the module comes and goes.
+fn again_and_again(vendor: Vendor) -> Result<()> {
+    let cgroup = Cgroup::new("own")?;
+    let mut rigs = vec![Rig::pair(vendor, &cgroup)?, Rig::pair(vendor, &cgroup)?];
+    for rig in &mut rigs {
+        for vcpu in rig.vcpus.clone() {
+            rig.vmm.start_run(vcpu, Work::new(Payload::Hlt, u32::MAX))?;
+        }
+    }
+    for round in 0..10 {
+        let ids: Vec<u64> = ioctl::vms()?.iter().map(|view| view.id).collect();
+        ensure!(ids.len() == rigs.len(), "round {round}: {ids:?}");
+        ensure!(
+            testing::soon(|| Ok(sysfs::vm_ids()? == ids))?,
+            "round {round}: sysfs has {:?}",
+            sysfs::vm_ids()?
+        );
+        ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+        for view in ioctl::vms()? {
+            ensure!(
+                view.each
+                    .iter()
+                    .all(|vcpu| vcpu.wanted.contains(Exits::HLT)),
+                "{view:?}"
+            );
+        }
+        ensure_not_unloadable()?;
+        // Drained only half of the time: the other half, the policy's end gives it all back.
+        if round % 2 == 0 {
+            interface::drain()?;
+        } else {
+            ioctl::clear_policy(&cgroup)?;
+            let device = Device::open()?;
+            ensure!(
+                testing::soon(|| Ok(device.info()?.holding == 0))?,
+                "{:?}",
+                device.info()?
+            );
+        }
+        modules::unload(EXITPOLICY).with_context(|| format!("round {round}"))?;
+        for rig in &rigs {
+            for index in 0..rig.vcpus.len() {
+                let before = rig.guest.params(index).executed;
+                rig.wait(|| rig.guest.params(index).executed > before + 3)?;
+            }
+        }
+        modules::load(EXITPOLICY)?;
+    }
+    for rig in &mut rigs {
+        rig.stop()?;
+    }
+    for rig in rigs {
+        rig.vmm.kill()?;
+    }
+    interface::ensure_no_vms()
+}
