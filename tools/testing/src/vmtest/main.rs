@@ -38,6 +38,7 @@ mod child;
 mod churn;
 mod command;
 mod guest;
+mod guest_live;
 mod lifecycle;
 mod live;
 mod matrix;
@@ -149,6 +150,7 @@ fn tests() -> Result<Vec<Test>> {
         live::tests(vendor)?,
         cgroups::tests()?,
         guest::tests(vendor),
+        guest_live::tests(vendor)?,
         // What was said between tests, and after the last one, by workers and the like.
         vec![Test::new("end::kernel_log", whole_log).stock()],
     ];
