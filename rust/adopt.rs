@@ -35,7 +35,7 @@ pub(crate) fn adopt_open_vms(engine: &Engine, identity: &Identity) -> u32 {
     };
     // SAFETY: `look_at` is called during this call only, in this thread, with `search`.
     unsafe {
-        bindings::exitpolicy_for_each_open_file(Some(look_at), (&raw mut search).cast());
+        bindings::exitpolicy_walk_open_files(Some(look_at), (&raw mut search).cast());
     }
     search.found
 }

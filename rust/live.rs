@@ -12,7 +12,10 @@ use crate::{
         Engine,
         Facts, //
     },
-    kernel_ext::cgroup::Cgroup,
+    kernel_ext::{
+        cgroup::Cgroup,
+        ftrace, //
+    },
     kvm,
     policy::{
         live::permitted,
@@ -25,6 +28,7 @@ use crate::{
     },
 };
 use kernel::{
+    pr_err_once,
     sync::rcu,
     time::{
         delay::fsleep,
@@ -55,6 +59,11 @@ impl Engine {
         let Some(facts) = self.facts() else {
             return stamp;
         };
+        if ftrace::is_dead() {
+            // Nobody tells us of the end of VMs any more.
+            pr_err_once!("ftrace has failed: VMs that run stay as they are\n");
+            self.vms.abandon();
+        }
         let change = |id| {
             if self.decide_again(&facts, scope, stamp, id) {
                 self.ask(id);

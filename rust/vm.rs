@@ -492,6 +492,13 @@ impl Vms {
         });
     }
 
+    /// Never touches the VMs that there are again.
+    pub(crate) fn abandon(&self) {
+        self.for_each(|id| {
+            self.with(id, |vm, _| vm.dying = true);
+        });
+    }
+
     /// Forgets the VM with this key, and returns whether it was known. Atomic context.
     pub(crate) fn remove(&self, key: usize) -> bool {
         // Memory is freed after the lock, which is a raw one.

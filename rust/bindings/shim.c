@@ -121,6 +121,14 @@ int exitpolicy_cgroup_path(struct cgroup *cgrp, char *buf, size_t size)
 	return cgroup_path_ns(cgrp, buf, size, current->nsproxy->cgroup_ns);
 }
 
+bool exitpolicy_ftrace_is_dead(void)
+{
+	static struct ftrace_ops ops;
+
+	/* ftrace_is_dead() is not exported.  No function is at 0: ops stays empty. */
+	return ftrace_set_filter_ip(&ops, 0, 0, 0) == -ENODEV;
+}
+
 const char *exitpolicy_tracepoint_name(const struct tracepoint *tp)
 {
 	return tp->name;
@@ -182,7 +190,7 @@ static int walk_file(const void *data, struct file *file, unsigned int fd)
 	return walk->fn(walk->data, file, walk->task);
 }
 
-void exitpolicy_for_each_open_file(exitpolicy_file_fn fn, void *data)
+void exitpolicy_walk_open_files(exitpolicy_file_fn fn, void *data)
 {
 	struct open_file_walk walk = { .fn = fn, .data = data };
 	struct task_struct *process, *thread;

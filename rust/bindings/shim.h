@@ -43,6 +43,8 @@ bool exitpolicy_cgroup_is_dead(const struct cgroup *cgrp);
 bool exitpolicy_in_init_cgroup_ns(void);
 int exitpolicy_cgroup_path(struct cgroup *cgrp, char *buf, size_t size);
 
+bool exitpolicy_ftrace_is_dead(void);
+
 const char *exitpolicy_tracepoint_name(const struct tracepoint *tp);
 void exitpolicy_tracepoint_synchronize(void);
 
@@ -65,7 +67,7 @@ u32 exitpolicy_pid_number(struct pid *pid);
  */
 typedef int (*exitpolicy_file_fn)(void *data, struct file *file,
 				  struct task_struct *task);
-void exitpolicy_for_each_open_file(exitpolicy_file_fn fn, void *data);
+void exitpolicy_walk_open_files(exitpolicy_file_fn fn, void *data);
 
 /* KVM's own inline functions: see virt/kvm/vcpu-requests of its documentation. */
 struct kvm_vcpu *exitpolicy_vcpu(struct kvm *kvm, unsigned int index);

@@ -9,6 +9,7 @@ pub(crate) mod capability;
 pub(crate) mod cgroup;
 pub(crate) mod file;
 pub(crate) mod fprobe;
+pub(crate) mod ftrace;
 pub(crate) mod function;
 pub(crate) mod kobject;
 pub(crate) mod module_notifier;
