@@ -25,7 +25,7 @@ struct Search<'a> {
     found: u32,
 }
 
-/// Takes on the VMs that there are, and returns how many files of VMs and vCPUs were found.
+/// Takes on the VMs that there are, and returns how many of their files, and of their vCPUs', were found.
 /// `identity` is what tells such a file.
 pub(crate) fn adopt_open_vms(engine: &Engine, identity: &Identity) -> u32 {
     let mut search = Search {
@@ -43,7 +43,7 @@ pub(crate) fn adopt_open_vms(engine: &Engine, identity: &Identity) -> u32 {
 /// # Safety
 ///
 /// `search` must point to a `Search` that nobody else uses; `file` and `task` must be valid, and
-/// stay so until this returns.
+/// stay so until this returns, with the task's lock held.
 unsafe extern "C" fn look_at(
     search: *mut c_void,
     file: *mut bindings::file,
@@ -54,8 +54,11 @@ unsafe extern "C" fn look_at(
     // SAFETY: By the safety requirements. The file's table is locked, so that the file, and with it
     // the VM, stays.
     if let Some(vm) = unsafe { kvm::Vm::of_file(file, search.identity) } {
-        search.found += 1;
-        if vm.online_vcpus() != 0 {
+        // Others may have it open too; KVM lets nobody use it who has another address space.
+        // SAFETY: By the safety requirements; the task's lock, which is held, keeps its `mm`.
+        let owner = unsafe { (*task.cast::<kernel::bindings::task_struct>()).mm }.addr() == vm.mm();
+        if owner && vm.online_vcpus() != 0 {
+            search.found += 1;
             // SAFETY: By the safety requirements; `Task` is a transparent wrapper. The VM stays,
             // as above, and a vCPU is online.
             unsafe { search.engine.adopt(vm, &*task.cast::<Task>()) };

@@ -206,7 +206,7 @@ impl Engine {
         };
 
         let task = kernel::current!();
-        let generation = self.generation.load(Relaxed);
+        let generation = self.generation.load(Acquire);
         let overridable = self.enabled();
         let (cgroup, resolved) = self.policies_of_task(task);
         let mut resolved = if overridable {
@@ -306,29 +306,49 @@ impl Engine {
         (cgroup.id(), self.store.resolve(cgroup))
     }
 
-    /// Remembers a vCPU, which is new or was there before the VM was known. Fails with [`ENOMEM`].
+    /// Remembers a vCPU, which is new or was there before the VM was known. Fails with [`ENOMEM`],
+    /// and with [`EAGAIN`] if it has to wait for an earlier one.
     fn add_vcpu(&self, facts: &Facts, id: u64, index: usize, vcpu: u32, new: bool) -> Result {
-        let state = self.vms.with(id, |vm, kvm| {
+        let make = |vm: &Vm, kvm: Option<kvm::Vm<'_>>| {
             let flags = kvm.map_or(0, kvm::Vm::disabled_exits);
             Vcpu {
                 id: vcpu,
                 disable: None,
                 wanted: vm.wanted(None, facts.supported).effective,
-                // KVM makes its controls from the flags.
+                // KVM makes its controls from the flags, as they are then.
                 in_force: Exits::from_bits_truncate(flags),
-                sure: true,
+                sure: new || !vm.changed,
                 entered: false,
                 in_l2: false,
+                offered_pv_unhalt: false,
+                has_pv_unhalt: false,
             }
-        });
-        self.vms.add_vcpu(id, index, state.ok_or(ENOENT)?, new)?;
-        self.vms.with(id, |vm, kvm| {
+        };
+        self.vms.add_vcpu(id, index, new, make, |vm, kvm| {
             if let Some(kvm) = kvm {
                 vm.write_flags(kvm, facts.vendor, false);
                 vm.account();
             }
-        });
-        Ok(())
+        })
+    }
+
+    /// Remembers those online vCPUs of a VM that are not known.
+    pub(crate) fn complete(&self, facts: &Facts, id: u64) {
+        loop {
+            let missing = self.vms.with(id, |vm, kvm| {
+                let (kvm, index) = (kvm?, vm.vcpus.len());
+                // SAFETY: There is a `kvm` only if the VM is not dying.
+                let vcpu = unsafe { kvm.vcpu(index as u32) }?;
+                Some((index, vcpu.id()))
+            });
+            let Some(Some((index, vcpu))) = missing else {
+                return;
+            };
+            if self.add_vcpu(facts, id, index, vcpu, false).is_err() {
+                self.count_missed();
+                return;
+            }
+        }
     }
 
     /// Takes on a VM that is older than the module, as it is, and has the worker decide on it.
@@ -374,24 +394,7 @@ impl Engine {
                 }
             }
         };
-        for index in 0..online {
-            let known = self.vms.with(id, |vm, kvm| {
-                if vm.vcpus.len() > index as usize {
-                    return None;
-                }
-                // SAFETY: There is a `kvm` only if the VM is not dying.
-                kvm.and_then(|kvm| unsafe { kvm.vcpu(index) }.map(kvm::Vcpu::id))
-            });
-            if let Some(Some(vcpu)) = known {
-                if self
-                    .add_vcpu(&facts, id, index as usize, vcpu, false)
-                    .is_err()
-                {
-                    self.count_missed();
-                    break;
-                }
-            }
-        }
+        self.complete(&facts, id);
         self.vms.with(id, |vm, _| vm.stale = true);
         Some(id)
     }
@@ -429,6 +432,7 @@ impl Engine {
     /// Takes note of a vCPU that is being freed.
     pub(crate) fn vcpu_freed(&self, vcpu: kvm::Vcpu<'_>) {
         if let Some(vm) = vcpu.vm() {
+            self.probe.vcpu_freed(vm.key());
             self.vms
                 .vcpu_freed(vm.key(), vcpu.index(), vm.online_vcpus());
         }

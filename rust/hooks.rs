@@ -8,7 +8,6 @@
 
 use crate::{
     admin::Admin,
-    cpuid,
     engine::Engine,
     kernel_ext::fprobe::{
         Call,
@@ -98,13 +97,9 @@ struct SetCpuid(Arc<Admin>);
 impl Handler for SetCpuid {
     fn entered(&self, call: &Call<'_>) {
         // SAFETY: We are registered on kvm_set_cpuid() only, whose first argument is a vCPU.
-        let Some(vcpu) = (unsafe { kvm::Vcpu::of_call(call) }) else {
-            return;
-        };
-        let changed = vcpu.vm().and_then(|vm| self.0.engine().changed_hlt(vm));
-        if let (Some(hlt_disabled), true) = (changed, vcpu.has_run()) {
+        if let Some(vcpu) = unsafe { kvm::Vcpu::of_call(call) } {
             // SAFETY: This is kvm_set_cpuid().
-            unsafe { cpuid::keep_repeatable(call, vcpu, hlt_disabled) };
+            unsafe { self.0.engine().cpuid_set(call, vcpu) };
         }
     }
 }

@@ -99,10 +99,12 @@ impl Host {
         match (uncalled, loaded) {
             (None, None) => Ok(()),
             (Some(vendor), _) => {
+                let functions = vendor.functions();
                 pr_err!(
-                    "{} or {} was not called when a VM was made and removed\n",
-                    vendor.functions().vcpu_create,
-                    vendor.functions().vm_destroy
+                    "{}, {} or {} was not called when a VM was made and removed\n",
+                    functions.vcpu_create,
+                    functions.vcpu_free,
+                    functions.vm_destroy
                 );
                 Err(ENOEXEC)
             }
@@ -176,12 +178,16 @@ impl Host {
             _ => None,
         };
         if let Some(detached) = detached {
+            // From here on, nobody who begins touches a VM.
             self.admin.engine().set_facts(None);
             self.admin.stop_watching_l2();
+            // Nobody who has begun is left: our device and files are gone, or the VMs are, with
+            // their vendor module; that leaves the worker. The hooks that tell of the end of VMs
+            // must outlast whoever touches them.
+            self.admin.settle();
+            self.admin.engine().vms.clear();
             // Waits for handlers that run.
             drop(detached);
-            // A vendor module goes after its VMs. Those that are left are left by mistake.
-            self.admin.engine().vms.clear();
             Admin::wake(&self.admin);
         }
     }

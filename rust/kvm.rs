@@ -259,12 +259,30 @@ impl<'a> Vcpu<'a> {
         unsafe { bindings::exitpolicy_vcpu_in_l2(self.as_ptr()) }
     }
 
-    /// Whether its guest was told, by the CPUID that KVM keeps, of paravirtual unhalting.
-    pub(crate) fn has_pv_unhalt(self) -> bool {
+    /// Whether its guest was told of paravirtual unhalting, now or before.
+    ///
+    /// Written by KVM_SET_CPUID before the vCPU runs, and by [`Vcpu::tell_pv_unhalt`].
+    pub(crate) fn knows_pv_unhalt(self) -> bool {
         // SAFETY: Alive, by the invariant; written by KVM_SET_CPUID, a word.
         let features =
             unsafe { ptr::read_volatile(&raw const (*self.as_ptr()).arch.pv_cpuid.features) };
         features & 1 << bindings::KVM_FEATURE_PV_UNHALT != 0
+    }
+
+    /// Lets it use paravirtual unhalting, as far as KVM asks (KVM_CAP_ENFORCE_PV_FEATURE_CPUID).
+    ///
+    /// # Safety
+    ///
+    /// `vcpu->mutex` must be held.
+    pub(crate) unsafe fn tell_pv_unhalt(self) {
+        // SAFETY: Alive, by the invariant; written under the mutex only.
+        unsafe {
+            let features = &raw mut (*self.as_ptr()).arch.pv_cpuid.features;
+            ptr::write_volatile(
+                features,
+                ptr::read_volatile(features) | 1 << bindings::KVM_FEATURE_PV_UNHALT,
+            );
+        }
     }
 
     /// Whether KVM keeps its local APIC.

@@ -8,12 +8,14 @@
 //! waits with a lock held.
 
 use crate::{
+    cpuid,
     engine::{
         Engine,
         Facts, //
     },
     kernel_ext::{
         cgroup::Cgroup,
+        fprobe::Call,
         ftrace, //
     },
     kvm,
@@ -28,6 +30,7 @@ use crate::{
     },
 };
 use kernel::{
+    ffi::c_int,
     pr_err_once,
     sync::rcu,
     time::{
@@ -59,11 +62,7 @@ impl Engine {
         let Some(facts) = self.facts() else {
             return stamp;
         };
-        if ftrace::is_dead() {
-            // Nobody tells us of the end of VMs any more.
-            pr_err_once!("ftrace has failed: VMs that run stay as they are\n");
-            self.vms.abandon();
-        }
+        self.check_hooks();
         let change = |id| {
             if self.decide_again(&facts, scope, stamp, id) {
                 self.ask(id);
@@ -76,27 +75,55 @@ impl Engine {
         stamp
     }
 
+    /// Makes sure that the hooks that tell of the end of VMs still do. To be called before VMs are
+    /// looked at, in process context. May sleep.
+    pub(crate) fn check_hooks(&self) {
+        if ftrace::is_dead() {
+            pr_err_once!("ftrace has failed: VMs that run stay as they are\n");
+            self.vms.abandon();
+        }
+    }
+
     /// Returns whether the VM is in `scope`.
     fn decide_again(&self, facts: &Facts, scope: Scope, stamp: u64, id: u64) -> bool {
         let policies = match scope {
             Scope::One(_) => None,
             Scope::Stale => {
                 // Before the look at what there is: who moves the VMM meanwhile marks it again.
-                match self
-                    .vms
-                    .with(id, |vm, _| core::mem::replace(&mut vm.stale, false))
-                {
-                    Some(true) => self.policies_of(scope, id),
-                    _ => return false,
+                let marks = self.vms.with(id, |vm, _| {
+                    let stale = core::mem::replace(&mut vm.stale, false);
+                    (stale, core::mem::replace(&mut vm.moved, false), vm.cgroup)
+                });
+                let Some((stale, moved, before)) = marks else {
+                    return false;
+                };
+                let policies = if stale || moved {
+                    self.policies_of(scope, id)
+                } else {
+                    None
+                };
+                // Threads are moved without their process leaving its domain.
+                if !stale && policies.is_none_or(|(cgroup, _)| cgroup == before) {
+                    return false;
                 }
+                policies
             }
             Scope::All | Scope::Below(_) => match self.policies_of(scope, id) {
                 None => return false,
                 policies => policies,
             },
         };
+        self.complete(facts, id);
         self.vms
             .with(id, |vm, kvm| {
+                if let Some(kvm) = kvm {
+                    // One that is listed and neither online nor being created was not made after
+                    // all, in a way that no hook tells of.
+                    let online = kvm.online_vcpus();
+                    if kvm.created_vcpus() == online as c_int {
+                        vm.vcpus.truncate(online as usize);
+                    }
+                }
                 if let Some((cgroup, resolved)) = policies {
                     vm.cgroup = cgroup;
                     vm.overridable = self.enabled();
@@ -108,6 +135,7 @@ impl Engine {
                 }
                 let before = vm.decision;
                 vm.decide(facts.supported);
+                vm.secure(facts.supported);
                 vm.stamp = stamp;
                 if let Some(kvm) = kvm {
                     vm.look_for_limits(kvm, facts.vendor);
@@ -147,7 +175,7 @@ impl Engine {
             self.vms.with(id, |vm, kvm| {
                 while let (Some(kvm), Some(vcpu)) = (kvm, vm.vcpus.get(index)) {
                     index += 1;
-                    if vcpu.in_force == vm.target(vcpu) && vcpu.sure {
+                    if !vm.has_to_change(vcpu) && vcpu.sure {
                         continue;
                     }
                     // SAFETY: There is a `kvm` only if the VM is not dying.
@@ -162,9 +190,9 @@ impl Engine {
         while ask_one() == Some(true) {}
     }
 
-    /// Waits until all vCPUs that were asked with this stamp have changed or will have when they
-    /// execute guest code next. `in_l2` is called when one is in L2. Returns how many have not
-    /// after `limit`.
+    /// Waits until all vCPUs that were asked with this stamp, or a later one, have changed or will
+    /// have when they execute guest code next. `in_l2` is called when one is in L2. Returns how many
+    /// have not after `limit`, or when a signal comes.
     pub(crate) fn wait_for(&self, stamp: u64, limit: Delta, in_l2: impl Fn(&Self)) -> u32 {
         const SHORT: Delta = Delta::from_micros(50);
         const LONG: Delta = Delta::from_millis(1);
@@ -173,12 +201,15 @@ impl Engine {
 
         let begin = Instant::<Monotonic>::now();
         let mut rounds = 0;
+        let mut watched = false;
         loop {
             let awaited = self.awaited(stamp, rounds < REPETITIONS);
-            if awaited.vcpus == 0 || begin.elapsed() >= limit {
+            let over = begin.elapsed() >= limit || kernel::current!().signal_pending();
+            if awaited.vcpus == 0 || over {
                 return awaited.vcpus;
             }
-            if awaited.in_l2 {
+            if awaited.in_l2 && !watched {
+                watched = true;
                 in_l2(self);
             }
             fsleep(if rounds < 20 { SHORT } else { LONG });
@@ -194,7 +225,7 @@ impl Engine {
         };
         self.vms.for_each(|id| {
             self.vms.with(id, |vm, kvm| {
-                if vm.stamp != stamp {
+                if vm.stamp < stamp {
                     return;
                 }
                 for index in 0..vm.vcpus.len() {
@@ -242,6 +273,7 @@ impl Engine {
 
     /// The number of vCPUs that are on their way, and of VMs that hold the module.
     pub(crate) fn on_their_way(&self) -> (u64, u64) {
+        self.check_hooks();
         let (mut pending, mut holding) = (0, 0);
         self.vms.for_each(|id| {
             self.vms.with(id, |vm, kvm| {
@@ -279,50 +311,21 @@ impl Engine {
     /// Writes the controls of a vCPU that recalculates its intercepts, and returns whether the
     /// worker has something to do. On entry of `kvm_x86_ops.recalc_intercepts`.
     pub(crate) fn recalculating(&self, loaded: kvm::LoadedVcpu<'_>) -> bool {
-        let vcpu = loaded.vcpu();
-        let (Some(facts), Some(kvm), Some(index)) = (self.facts(), vcpu.vm(), vcpu.index()) else {
+        let (Some(facts), Some(kvm)) = (self.facts(), loaded.vcpu().vm()) else {
             return false;
         };
-        let (own_limits, _) = facts.vendor.limits(vcpu);
-        let index = index as usize;
         let deliver = || {
-            self.vms.with_key(kvm.key(), |vm, kvm| {
-                let kvm = kvm?;
-                let flags = Exits::from_bits_truncate(kvm.disabled_exits());
-                let target = vm.target(vm.vcpus.get(index)?) & !own_limits.forbidden;
-                let open = permitted(target, flags);
-                let before = vm.vcpus.get_mut(index)?;
-                before.entered = true;
-                before.in_l2 = false;
-                let same = before.in_force == open && before.sure;
-                // What KVM makes of the flags by itself is left to it.
-                if !same || open != flags {
-                    let written = facts.vendor.write_controls(loaded, open);
-                    let vcpu = vm.vcpus.get_mut(index)?;
-                    match written {
-                        Ok(()) => {
-                            vcpu.in_force = open;
-                            vcpu.sure = true;
-                        }
-                        Err(_) => vcpu.in_l2 = !same,
-                    }
-                }
-                vm.write_flags(kvm, facts.vendor, false);
-                vm.account();
-                let vcpu = vm.vcpus.get(index)?;
-                // The flags did not permit it, or this guest has learnt of PV_UNHALT since.
-                let undone = !vcpu.in_l2 && vcpu.in_force != vm.target(vcpu);
-                vm.stale |= undone;
-                Some(vm.stale || vm.wants_quiet || vcpu.in_l2)
-            })
+            self.vms
+                .with_key(kvm.key(), |vm, kvm| vm.deliver(kvm?, loaded, &facts))
+                .flatten()
         };
-        if let Some(Some(wake)) = deliver() {
-            return wake;
-        }
-        // The VM is older than we are, or there was no memory for it.
-        // SAFETY: The vCPU runs, so that its VM has its first vCPU.
-        unsafe { self.adopt(kvm, kernel::current!()) };
-        true
+        deliver().unwrap_or_else(|| {
+            // The VM is older than we are, or there was no memory for the vCPU.
+            // SAFETY: The vCPU runs, so that its VM has its first vCPU.
+            unsafe { self.adopt(kvm, kernel::current!()) };
+            deliver();
+            true
+        })
     }
 
     /// Asks a vCPU that leaves L2, if it has to change.
@@ -337,13 +340,42 @@ impl Engine {
         }
     }
 
-    /// What must be known for KVM_SET_CPUID to be repeatable: whether `hlt` is disabled, if that
-    /// was changed after a vCPU may have run.
-    pub(crate) fn changed_hlt(&self, kvm: kvm::Vm<'_>) -> Option<bool> {
+    /// Lets a VMM repeat its guest's CPUID.
+    ///
+    /// # Safety
+    ///
+    /// `call` must be one of kvm_set_cpuid(), with `vcpu` as its first argument. It runs in an ioctl
+    /// of the vCPU, under `vcpu->mutex`.
+    pub(crate) unsafe fn cpuid_set(&self, call: &Call<'_>, vcpu: kvm::Vcpu<'_>) {
+        let (Some(kvm), Some(index)) = (vcpu.vm(), vcpu.index()) else {
+            return;
+        };
+        // SAFETY: By the safety requirements.
+        let (incoming, stored) =
+            unsafe { (cpuid::Table::incoming(call), cpuid::Table::stored(vcpu)) };
+        let offered = incoming.has_pv_unhalt();
         self.vms.with_key(kvm.key(), |vm, kvm| {
             let flags = Exits::from_bits_truncate(kvm?.disabled_exits());
-            vm.hlt_changed.then_some(flags.contains(Exits::HLT))
-        })?
+            let changed = vm.changed;
+            let known = vm.vcpus.get_mut(index as usize)?;
+            if !vcpu.has_run() && !vcpu.in_l2() {
+                known.offered_pv_unhalt = offered;
+                // What KVM is about to store.
+                known.has_pv_unhalt = offered && !flags.contains(Exits::HLT);
+            } else if !changed {
+                // KVM has made the stored table by the same flags as it will look at this one.
+            } else if flags.contains(Exits::HLT) {
+                // It will take the bit out of the incoming table, and expect it so.
+                stored.set_pv_unhalt(false);
+                known.has_pv_unhalt = false;
+            } else if offered {
+                // The incoming table is KVM's own copy: better to let it repeat what is stored than
+                // to tell a guest that runs of what it did not know.
+                incoming.set_pv_unhalt(stored.has_pv_unhalt());
+            }
+            vm.account();
+            Some(())
+        });
     }
 }
 
@@ -353,6 +385,69 @@ struct Awaited {
 }
 
 impl Vm {
+    /// Writes the controls of a vCPU of this VM, and returns whether the worker has something to
+    /// do, or nothing if the vCPU is not known.
+    fn deliver(
+        &mut self,
+        kvm: kvm::Vm<'_>,
+        loaded: kvm::LoadedVcpu<'_>,
+        facts: &Facts,
+    ) -> Option<bool> {
+        let vcpu = loaded.vcpu();
+        let index = vcpu.index()? as usize;
+        let known = *self.vcpus.get(index)?;
+        let flags = Exits::from_bits_truncate(kvm.disabled_exits());
+        if known.entered && !self.has_to_change(&known) && known.in_force == flags {
+            // What KVM makes of the flags by itself is left to it.
+            return Some(false);
+        }
+
+        let (own, refusal) = facts.vendor.limits(vcpu);
+        if !self.limits.forbidden.contains(own.forbidden) {
+            // Its guest was told since the others were looked at.
+            self.limits.forbidden = self.limits.forbidden | own.forbidden;
+            self.refusal = refusal;
+            self.stale = true;
+        }
+        // What the flags did not permit so far, as they could not be written.
+        self.write_flags(kvm, facts.vendor, false);
+        let target = self.target(&known);
+        let open = permitted(target, self.flags);
+        let same = known.in_force == open && known.sure;
+        let mut in_l2 = false;
+        if !same || open != self.flags {
+            match facts.vendor.write_controls(loaded, open) {
+                Ok(()) => {
+                    let known = self.vcpus.get_mut(index)?;
+                    known.in_force = open;
+                    known.sure = true;
+                }
+                Err(_) => in_l2 = !same,
+            }
+        }
+        let restore = !self.overridable && self.lacks_pv_unhalt(&known);
+        let known = self.vcpus.get_mut(index)?;
+        known.entered = true;
+        known.in_l2 = in_l2;
+        if restore {
+            // SAFETY: This is KVM_RUN, which holds the mutex.
+            unsafe {
+                cpuid::Table::stored(vcpu).set_pv_unhalt(true);
+                vcpu.tell_pv_unhalt();
+            }
+            known.has_pv_unhalt = true;
+        }
+        let undone = !in_l2 && known.in_force != target;
+
+        self.write_flags(kvm, facts.vendor, false);
+        self.account();
+        // Flags cannot be written while a vCPU is not known; to ask again at once would be in vain.
+        if undone && self.vcpus.len() >= kvm.online_vcpus() as usize {
+            self.stale = true;
+        }
+        Some(self.stale || self.wants_quiet || in_l2)
+    }
+
     /// The number of vCPUs that are on their way.
     pub(crate) fn pending(&self, kvm: Option<kvm::Vm<'_>>) -> u64 {
         (0..self.vcpus.len())

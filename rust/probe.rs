@@ -20,7 +20,8 @@ use kernel::{
 pub(crate) struct Probe {
     /// The task, as an identity only, or 0.
     task: Atomic<usize>,
-    /// The VM's key, once its vCPU was created, and [`Probe::DESTROYED`] once it was destroyed.
+    /// The VM's key, once its vCPU was created, that and [`Probe::FREED`] once the vCPU was freed,
+    /// and [`Probe::DESTROYED`] once the VM was destroyed.
     vm: Atomic<usize>,
     /// The flags that the VM had, or [`Probe::IMPLAUSIBLE`].
     flags: Atomic<u64>,
@@ -29,6 +30,8 @@ pub(crate) struct Probe {
 impl Probe {
     /// No key: KVM's VMs are aligned.
     const DESTROYED: usize = 1;
+    /// In no key, likewise.
+    const FREED: usize = 2;
     /// No flags that we know.
     const IMPLAUSIBLE: u64 = u64::MAX;
 
@@ -79,8 +82,13 @@ impl Probe {
         true
     }
 
+    /// Takes note if the vCPU that is being freed is one of it.
+    pub(crate) fn vcpu_freed(&self, key: usize) {
+        let _ = self.vm.cmpxchg(key, key | Self::FREED, Full);
+    }
+
     /// Takes note if the VM that is being destroyed is the one.
     pub(crate) fn vm_destroyed(&self, key: usize) {
-        let _ = self.vm.cmpxchg(key, Self::DESTROYED, Full);
+        let _ = self.vm.cmpxchg(key | Self::FREED, Self::DESTROYED, Full);
     }
 }

@@ -17,7 +17,9 @@ use crate::{
         live::{
             self,
             Change,
-            Limits, //
+            Limits,
+            FOLLOWING,
+            LEADING, //
         },
         Decision,
         Exits,
@@ -71,12 +73,14 @@ pub(crate) struct Vm {
     pub(crate) vcpus: KVec<Vcpu>,
     /// Older than this module.
     pub(crate) adopted: bool,
-    /// The flag of `hlt` was changed after a vCPU may have run.
-    pub(crate) hlt_changed: bool,
+    /// Flags were changed after a vCPU may have run.
+    pub(crate) changed: bool,
     /// A vCPU of it is being freed: KVM's structures must not be used any more.
     pub(crate) dying: bool,
     /// The worker is to decide on it again.
     pub(crate) stale: bool,
+    /// So it is if the VMM's cgroup is not the one that was decided for.
+    pub(crate) moved: bool,
     /// Flags are to be set for which no vCPU may be looked at.
     pub(crate) wants_quiet: bool,
     /// The last command that changed it.
@@ -104,6 +108,21 @@ pub(crate) struct Vcpu {
     pub(crate) entered: bool,
     /// It could not be changed for being in L2.
     pub(crate) in_l2: bool,
+    /// The VMM wanted the guest to be told of PV_UNHALT, before the vCPU ran.
+    pub(crate) offered_pv_unhalt: bool,
+    /// What the guest reads in CPUID has it. Not kept for who was not offered it.
+    pub(crate) has_pv_unhalt: bool,
+}
+
+impl Vcpu {
+    /// What its controls may let through, as the flags' rules have to reckon with it.
+    fn possibly_open(&self, flags: Exits) -> Exits {
+        if self.sure {
+            self.in_force
+        } else {
+            ((self.in_force | flags) & LEADING) | (self.in_force & flags & FOLLOWING)
+        }
+    }
 }
 
 /// How far a vCPU is.
@@ -158,6 +177,36 @@ pub(crate) struct New {
 }
 
 impl Vm {
+    /// Whether what the vCPU's guest reads in CPUID is not what its VMM wanted and would have to
+    /// repeat, although `hlt` is not disabled any more or will not be.
+    pub(crate) fn lacks_pv_unhalt(&self, vcpu: &Vcpu) -> bool {
+        let hlt = self
+            .vcpus
+            .iter()
+            .fold(self.keep, |hlt, vcpu| hlt | self.target(vcpu));
+        vcpu.offered_pv_unhalt && !vcpu.has_pv_unhalt && !hlt.contains(Exits::HLT)
+    }
+
+    /// Whether the vCPU has to go through the hook.
+    pub(crate) fn has_to_change(&self, vcpu: &Vcpu) -> bool {
+        !vcpu.sure
+            || vcpu.in_force != self.target(vcpu)
+            || (!self.overridable && self.lacks_pv_unhalt(vcpu))
+    }
+
+    /// Calls `work` with KVM's structure, unless that must not be used any more. In the table, under
+    /// its lock only.
+    fn work_on<R>(&mut self, work: impl FnOnce(&mut Self, Option<kvm::Vm<'_>>) -> R) -> R {
+        let kvm = if self.dying {
+            None
+        } else {
+            // SAFETY: The hook on vm_destroy removes the entry before the function begins, under
+            // the lock, which is held until `work` returns.
+            unsafe { kvm::Vm::from_key(self.key) }
+        };
+        work(self, kvm)
+    }
+
     /// What the VM has by itself.
     pub(crate) fn home(&self) -> Exits {
         self.floor | self.requested
@@ -227,7 +276,7 @@ impl Vm {
             self.home(),
             self.vcpus.iter().map(|vcpu| Change {
                 target: self.target(vcpu),
-                in_force: vcpu.in_force,
+                in_force: vcpu.possibly_open(now),
             }),
         );
         let unquiet = next & !now & vendor.quiet_flags();
@@ -240,11 +289,26 @@ impl Vm {
         // that `self` is behind.
         unsafe { kvm.set_disabled_exits(bits & !Exits::ALL.bits() | next.bits()) };
         self.flags = next;
-        for vcpu in self.vcpus.iter_mut().filter(|vcpu| !vcpu.entered) {
+        // Who is being made may have been given controls by the old ones.
+        for vcpu in self.vcpus.iter_mut().skip(online) {
             vcpu.sure = false;
         }
-        if (next & Exits::HLT) != (now & Exits::HLT) {
-            self.hlt_changed = true;
+        self.changed = true;
+    }
+
+    /// Holds the module if the VM is to be different from what it is by itself. If it cannot be
+    /// held, as it is being unloaded, the VM is to be what it is by itself.
+    pub(crate) fn secure(&mut self, supported: Exits) {
+        let home = self.home();
+        let differs =
+            self.decision.effective != home || self.vcpus.iter().any(|vcpu| vcpu.wanted != home);
+        if differs && self.hold.is_none() {
+            self.hold = hold_module();
+            if self.hold.is_none() {
+                self.resolved = Resolved::UNRESTRICTED;
+                self.overridable = false;
+                self.decide(supported);
+            }
         }
     }
 
@@ -252,14 +316,14 @@ impl Vm {
     pub(crate) fn account(&mut self) {
         let home = self.home();
         let differs = self.flags != self.limits.target(home, self.flags)
-            || self
-                .vcpus
-                .iter()
-                .any(|vcpu| vcpu.in_force != self.limits.target(home, vcpu.in_force));
+            || self.vcpus.iter().any(|vcpu| {
+                !vcpu.sure
+                    || vcpu.in_force != self.limits.target(home, vcpu.in_force)
+                    || self.lacks_pv_unhalt(vcpu)
+            });
         if !differs {
             self.hold = None;
         } else if self.hold.is_none() {
-            // None is to be had only while the module goes, when nobody gives orders any more.
             self.hold = hold_module();
         }
     }
@@ -274,13 +338,13 @@ impl Vm {
         let Some(vcpu) = self.vcpus.get(index) else {
             return Progress::InForce;
         };
-        if vcpu.in_force == self.target(vcpu) {
+        if !self.has_to_change(vcpu) {
             return Progress::InForce;
         }
         // SAFETY: There is a `kvm` only if the VM is not dying.
         match kvm.and_then(|kvm| unsafe { kvm.vcpu(index as u32) }) {
             Some(now) if vcpu.in_l2 && now.in_l2() => Progress::InL2,
-            Some(now) if now.in_guest() => Progress::Pending,
+            Some(now) if now.in_guest() || !now.is_asked() => Progress::Pending,
             _ => Progress::NextEntry,
         }
     }
@@ -368,15 +432,7 @@ impl Vms {
         work: impl FnOnce(&mut Vm, Option<kvm::Vm<'_>>) -> R,
     ) -> Option<R> {
         let mut tables = self.tables.lock();
-        let vm = tables.by_id.get_mut(&id)?;
-        let kvm = if vm.dying {
-            None
-        } else {
-            // SAFETY: The hook on vm_destroy removes the entry before the function begins, under
-            // the lock, which is held until `work` returns.
-            unsafe { kvm::Vm::from_key(vm.key) }
-        };
-        Some(work(vm, kvm))
+        Some(tables.by_id.get_mut(&id)?.work_on(work))
     }
 
     /// As [`Vms::with`], of the VM with this key.
@@ -385,8 +441,9 @@ impl Vms {
         key: usize,
         work: impl FnOnce(&mut Vm, Option<kvm::Vm<'_>>) -> R,
     ) -> Option<R> {
-        let id = self.id_of(key)?;
-        self.with(id, work)
+        let mut tables = self.tables.lock();
+        let id = *tables.by_key.get(&key)?;
+        Some(tables.by_id.get_mut(&id)?.work_on(work))
     }
 
     /// The id of the VM with this key.
@@ -428,9 +485,10 @@ impl Vms {
             refusal: Refusal::None,
             vcpus: KVec::new(),
             adopted: new.adopted,
-            hlt_changed: false,
+            changed: false,
             dying: false,
             stale: false,
+            moved: false,
             wants_quiet: false,
             stamp: 0,
             published: 0,
@@ -443,40 +501,58 @@ impl Vms {
         Ok(id)
     }
 
-    /// Adds a vCPU with this index. If there is one, its creation has failed if `replace`, and it
-    /// goes; or this one is known. Fails with [`ENOMEM`]. Atomic context.
-    pub(crate) fn add_vcpu(&self, id: u64, index: usize, vcpu: Vcpu, replace: bool) -> Result {
+    /// Adds a vCPU with this index, and what `make` makes of the VM, then calls `added`. If there is
+    /// one, its creation has failed if `replace`, and it goes; or this one is known. Fails with
+    /// [`ENOMEM`], and with [`EAGAIN`] if one before it is not known. Atomic context.
+    pub(crate) fn add_vcpu(
+        &self,
+        id: u64,
+        index: usize,
+        replace: bool,
+        make: impl Fn(&Vm, Option<kvm::Vm<'_>>) -> Vcpu,
+        added: impl Fn(&mut Vm, Option<kvm::Vm<'_>>),
+    ) -> Result {
+        enum Step {
+            Done(Result),
+            Enlarge,
+        }
+
         let mut spare = KVec::new();
         loop {
-            let mut tables = self.tables.lock();
-            let vm = tables.by_id.get_mut(&id).ok_or(ENOENT)?;
-            if vm.vcpus.len() < index {
-                // There was no memory for an earlier one.
-                return Err(ENOMEM);
-            }
-            if replace {
-                vm.vcpus.truncate(index);
-                vm.published = vm.published.min(index);
-            } else if vm.vcpus.len() > index {
-                return Ok(());
-            }
-            if vm.vcpus.push_within_capacity(vcpu).is_ok() {
-                tables.unpublished_vcpu = tables.unpublished_vcpu.min(id);
-                drop(tables);
-                // What the VM had before, if anything, is freed here.
-                drop(spare);
-                return Ok(());
-            }
-            if spare.capacity() > index {
-                for vcpu in vm.vcpus.iter() {
-                    let _ = spare.push_within_capacity(*vcpu);
+            let step = |vm: &mut Vm, kvm: Option<kvm::Vm<'_>>| {
+                if vm.vcpus.len() < index {
+                    return Step::Done(Err(EAGAIN));
                 }
-                core::mem::swap(&mut spare, &mut vm.vcpus);
-                spare.clear();
-                continue;
+                if replace {
+                    vm.vcpus.truncate(index);
+                    vm.published = vm.published.min(index);
+                } else if vm.vcpus.len() > index {
+                    return Step::Done(Ok(()));
+                }
+                if vm.vcpus.capacity() <= index && spare.capacity() > index {
+                    for vcpu in vm.vcpus.iter() {
+                        let _ = spare.push_within_capacity(*vcpu);
+                    }
+                    core::mem::swap(&mut spare, &mut vm.vcpus);
+                }
+                let vcpu = make(vm, kvm);
+                if vm.vcpus.push_within_capacity(vcpu).is_err() {
+                    return Step::Enlarge;
+                }
+                added(vm, kvm);
+                Step::Done(Ok(()))
+            };
+            // What the VM had before, if anything, is freed with `spare`, after the lock.
+            match self.with(id, step).ok_or(ENOENT)? {
+                Step::Done(result) => {
+                    let mut tables = self.tables.lock();
+                    tables.unpublished_vcpu = tables.unpublished_vcpu.min(id);
+                    return result;
+                }
+                Step::Enlarge => {
+                    spare = KVec::with_capacity((index + 1).next_power_of_two(), GFP_ATOMIC)?;
+                }
             }
-            drop(tables);
-            spare = KVec::with_capacity((index + 1).next_power_of_two(), GFP_ATOMIC)?;
         }
     }
 
@@ -538,7 +614,7 @@ impl Vms {
         }
     }
 
-    /// Has the VMs of a process decided on again, and returns whether there are any. Any context
+    /// Has the VMs of a process looked at, and returns whether there are any. Any context
     /// but NMI and interrupts.
     pub(crate) fn process_moved(&self, pid: u32) -> bool {
         let mut tables = self.tables.lock();
@@ -551,7 +627,7 @@ impl Vms {
                 break;
             }
             if let Some(vm) = by_id.get_mut(&id) {
-                vm.stale = true;
+                vm.moved = true;
                 found = true;
             }
             from = id + 1;

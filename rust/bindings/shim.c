@@ -39,19 +39,24 @@ void exitpolicy_raw_spin_lock_init(struct raw_spinlock *lock, const char *name,
 #endif
 }
 
-void exitpolicy_raw_spin_lock(struct raw_spinlock *lock)
+unsigned long exitpolicy_raw_spin_lock_irqsave(struct raw_spinlock *lock)
 {
-	raw_spin_lock(lock);
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(lock, flags);
+	return flags;
 }
 
-bool exitpolicy_raw_spin_trylock(struct raw_spinlock *lock)
+bool exitpolicy_raw_spin_trylock_irqsave(struct raw_spinlock *lock,
+					 unsigned long *flags)
 {
-	return raw_spin_trylock(lock);
+	return raw_spin_trylock_irqsave(lock, *flags);
 }
 
-void exitpolicy_raw_spin_unlock(struct raw_spinlock *lock)
+void exitpolicy_raw_spin_unlock_irqrestore(struct raw_spinlock *lock,
+					   unsigned long flags)
 {
-	raw_spin_unlock(lock);
+	raw_spin_unlock_irqrestore(lock, flags);
 }
 
 void exitpolicy_raw_spin_assert_held(struct raw_spinlock *lock)

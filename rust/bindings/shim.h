@@ -24,9 +24,11 @@ struct tracepoint;
 
 void exitpolicy_raw_spin_lock_init(struct raw_spinlock *lock, const char *name,
 				   struct lock_class_key *key);
-void exitpolicy_raw_spin_lock(struct raw_spinlock *lock);
-bool exitpolicy_raw_spin_trylock(struct raw_spinlock *lock);
-void exitpolicy_raw_spin_unlock(struct raw_spinlock *lock);
+unsigned long exitpolicy_raw_spin_lock_irqsave(struct raw_spinlock *lock);
+bool exitpolicy_raw_spin_trylock_irqsave(struct raw_spinlock *lock,
+					 unsigned long *flags);
+void exitpolicy_raw_spin_unlock_irqrestore(struct raw_spinlock *lock,
+					   unsigned long flags);
 void exitpolicy_raw_spin_assert_held(struct raw_spinlock *lock);
 
 unsigned long exitpolicy_ftrace_regs_argument(struct ftrace_regs *fregs,

@@ -223,6 +223,7 @@ impl MiscDevice for Session {
 
     fn ioctl(session: &Self, _file: &File, command: u32, argument: usize) -> Result<isize> {
         let address = UserPtr::from_addr(argument);
+        session.admin.engine().check_hooks();
         match command {
             uapi::CONST_GET_INFO => UserArgument::exchange(address, |it| session.info(it)),
             uapi::CONST_SET_ENABLED => {

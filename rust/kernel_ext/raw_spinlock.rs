@@ -6,12 +6,15 @@
 
 use crate::bindings;
 use kernel::{
-    ffi::c_char,
+    ffi::{
+        c_char,
+        c_ulong, //
+    },
     sync::lock, //
 };
 
-/// A `raw_spinlock_t` that protects a value. Interrupts stay as they are: take it in process
-/// context only, and never in an interrupt handler.
+/// A `raw_spinlock_t` that protects a value. Interrupts are disabled while it is held: who takes it
+/// in process context only may still do so with another lock held that interrupts take.
 pub(crate) type RawSpinLock<T> = lock::Lock<T, RawSpinLockBackend>;
 
 /// Creates a [`RawSpinLock`] initialiser with the given name and a newly-created lock class.
@@ -30,10 +33,10 @@ pub(crate) use new_raw_spinlock;
 pub(crate) struct RawSpinLockBackend;
 
 // SAFETY: A raw spinlock gives mutual exclusion and disables preemption while it is held. `relock`
-// is the default, which locks in the same way.
+// is the default, which locks in the same way. What interrupts were like is in the guard's state.
 unsafe impl lock::Backend for RawSpinLockBackend {
     type State = bindings::raw_spinlock;
-    type GuardState = ();
+    type GuardState = c_ulong;
 
     unsafe fn init(
         ptr: *mut Self::State,
@@ -47,17 +50,19 @@ unsafe impl lock::Backend for RawSpinLockBackend {
 
     unsafe fn lock(ptr: *mut Self::State) -> Self::GuardState {
         // SAFETY: The caller promises that the lock has been initialised.
-        unsafe { bindings::exitpolicy_raw_spin_lock(ptr) }
+        unsafe { bindings::exitpolicy_raw_spin_lock_irqsave(ptr) }
     }
 
     unsafe fn try_lock(ptr: *mut Self::State) -> Option<Self::GuardState> {
         // SAFETY: The caller promises that the lock has been initialised.
-        unsafe { bindings::exitpolicy_raw_spin_trylock(ptr) }.then_some(())
+        let mut flags = 0;
+        // SAFETY: As above.
+        unsafe { bindings::exitpolicy_raw_spin_trylock_irqsave(ptr, &mut flags) }.then_some(flags)
     }
 
-    unsafe fn unlock(ptr: *mut Self::State, _guard_state: &Self::GuardState) {
+    unsafe fn unlock(ptr: *mut Self::State, flags: &Self::GuardState) {
         // SAFETY: The caller promises that it owns the lock.
-        unsafe { bindings::exitpolicy_raw_spin_unlock(ptr) }
+        unsafe { bindings::exitpolicy_raw_spin_unlock_irqrestore(ptr, *flags) }
     }
 
     unsafe fn assert_is_held(ptr: *mut Self::State) {

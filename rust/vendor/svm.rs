@@ -85,7 +85,9 @@ impl Vendor for Svm {
             return (limits, Refusal::Protected);
         }
         // No limit for PV_UNHALT: a kick makes the vCPU leave the guest, which ends a native HLT
-        // (APM 15.9: RIP is past it in the VMCB, and there is no activity state).
+        // (APM 15.9: RIP is past it in the VMCB, and there is no activity state). One that comes
+        // just before the HLT is late: until the next interrupt of this CPU, its guest's timer
+        // among them.
         (Limits::NONE, Refusal::None)
     }
 

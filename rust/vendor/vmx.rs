@@ -83,7 +83,7 @@ impl Vendor for Vmx {
             };
             return (limits, Refusal::HyperV);
         }
-        if vcpu.has_pv_unhalt() {
+        if vcpu.knows_pv_unhalt() {
             // The guest's spinlocks halt, and wait for a kick. A kick injects nothing, so that the
             // VMCS of a vCPU that halts natively keeps its activity state, and the vCPU sleeps on.
             // KVM, asked in time, would not have told the guest (cpuid.c:
@@ -106,6 +106,19 @@ impl Vendor for Vmx {
         // SAFETY: A vCPU of kvm-intel is the first member of a `struct vcpu_vmx`. What is read and
         // written of it here is its own thread's, which this is.
         let vmcs01 = unsafe { &raw mut (*vmx).vmcs01 };
+        // These are in memory that belongs to vmcs01, and can be written in L2 too.
+        for msr in [
+            bindings::MSR_CORE_C1_RES,
+            bindings::MSR_CORE_C3_RESIDENCY,
+            bindings::MSR_CORE_C6_RESIDENCY,
+            bindings::MSR_CORE_C7_RESIDENCY,
+        ] {
+            set_msr_read_exit(vcpu, msr, !open.contains(Exits::CSTATE));
+        }
+        for msr in [bindings::MSR_IA32_APERF, bindings::MSR_IA32_MPERF] {
+            set_msr_read_exit(vcpu, msr, !open.contains(Exits::APERFMPERF));
+        }
+
         // SAFETY: As above.
         if unsafe { (*vmx).loaded_vmcs } != vmcs01 {
             return Err(InL2);
@@ -135,31 +148,20 @@ impl Vendor for Vmx {
         }
 
         let ple = bindings::CONST_SECONDARY_EXEC_PAUSE_LOOP_EXITING;
-        if vmcs.change_secondary_exec(ple, exits(Exits::PAUSE, ple)) && !open.contains(Exits::PAUSE)
-        {
-            // As init_vmcs(): a vCPU that began without PAUSE exits has neither.
-            vmcs.write(
-                bindings::vmcs_field_PLE_GAP,
-                PLE_GAP.load(Ordering::Relaxed).into(),
-            );
+        vmcs.change_secondary_exec(ple, exits(Exits::PAUSE, ple));
+        if !open.contains(Exits::PAUSE) {
+            // As init_vmcs(): a vCPU that began without PAUSE exits has no gap, and has a window
+            // only if vmx_vcpu_load() has seen the flag clear before this.
+            let gap = PLE_GAP.load(Ordering::Relaxed);
+            vmcs.write(bindings::vmcs_field_PLE_GAP, gap.into());
             // SAFETY: The vCPU's own thread, as above.
             unsafe {
-                (*vmx).ple_window = PLE_WINDOW.load(Ordering::Relaxed);
-                // vmx_vcpu_run() writes it.
-                (*vmx).ple_window_dirty = true;
+                if (*vmx).ple_window == 0 {
+                    (*vmx).ple_window = PLE_WINDOW.load(Ordering::Relaxed);
+                    // vmx_vcpu_run() writes it.
+                    (*vmx).ple_window_dirty = true;
+                }
             }
-        }
-
-        for msr in [
-            bindings::MSR_CORE_C1_RES,
-            bindings::MSR_CORE_C3_RESIDENCY,
-            bindings::MSR_CORE_C6_RESIDENCY,
-            bindings::MSR_CORE_C7_RESIDENCY,
-        ] {
-            set_msr_read_exit(vcpu, msr, !open.contains(Exits::CSTATE));
-        }
-        for msr in [bindings::MSR_IA32_APERF, bindings::MSR_IA32_MPERF] {
-            set_msr_read_exit(vcpu, msr, !open.contains(Exits::APERFMPERF));
         }
         Ok(())
     }
@@ -219,22 +221,19 @@ impl CurrentVmcs {
     }
 
     /// Sets the controls that are in `mask` to what `bits` says, in the VMCS and in KVM's shadow of
-    /// it: from that, KVM's next change of another control writes all of them. Returns whether
-    /// there was a difference.
-    fn change(&self, field: bindings::vmcs_field, shadow: *mut u32, mask: u32, bits: u32) -> bool {
+    /// it: from that, KVM's next change of another control writes all of them.
+    fn change(&self, field: bindings::vmcs_field, shadow: *mut u32, mask: u32, bits: u32) {
         // SAFETY: `shadow` is in `loaded`, which is ours, by the invariant.
         let old = unsafe { ptr::read(shadow) };
         let new = old & !mask | bits;
-        if new == old {
-            return false;
+        if new != old {
+            self.write(field, new.into());
+            // SAFETY: As above.
+            unsafe { ptr::write(shadow, new) };
         }
-        self.write(field, new.into());
-        // SAFETY: As above.
-        unsafe { ptr::write(shadow, new) };
-        true
     }
 
-    fn change_exec(&self, mask: u32, bits: u32) -> bool {
+    fn change_exec(&self, mask: u32, bits: u32) {
         // SAFETY: Ours, by the invariant.
         let shadow = unsafe { &raw mut (*self.loaded).controls_shadow.exec };
         self.change(
@@ -242,10 +241,10 @@ impl CurrentVmcs {
             shadow,
             mask,
             bits,
-        )
+        );
     }
 
-    fn change_secondary_exec(&self, mask: u32, bits: u32) -> bool {
+    fn change_secondary_exec(&self, mask: u32, bits: u32) {
         // SAFETY: Ours, by the invariant.
         let shadow = unsafe { &raw mut (*self.loaded).controls_shadow.secondary_exec };
         self.change(
@@ -253,7 +252,7 @@ impl CurrentVmcs {
             shadow,
             mask,
             bits,
-        )
+        );
     }
 
     /// Ends a native HLT that an exit has interrupted. It is in the VMCS (SDM 28.3.4, "Saving

@@ -99,8 +99,12 @@ impl VmFiles {
     }
 
     fn get<R>(&self, get: impl FnOnce(&Vm, Option<kvm::Vm<'_>>) -> R) -> Result<R> {
-        let vms = &self.admin.engine().vms;
-        vms.with(self.id, |vm, kvm| get(vm, kvm)).ok_or(ENODEV)
+        let engine = self.admin.engine();
+        engine.check_hooks();
+        engine
+            .vms
+            .with(self.id, |vm, kvm| get(vm, kvm))
+            .ok_or(ENODEV)
     }
 
     fn set_override(&self, vcpu: Option<u32>, text: &[u8]) -> Result {
