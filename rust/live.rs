@@ -230,18 +230,18 @@ impl Engine {
                 }
                 for index in 0..vm.vcpus.len() {
                     let progress = vm.progress(kvm, index);
-                    if !progress.is_awaited() {
-                        continue;
-                    }
-                    awaited.vcpus += 1;
-                    awaited.in_l2 |= progress == Progress::InL2;
                     // SAFETY: There is a `kvm` only if the VM is not dying.
                     let vcpu = kvm.and_then(|kvm| unsafe { kvm.vcpu(index as u32) });
-                    if let Some(vcpu) = vcpu {
-                        if repeat && progress == Progress::Pending && !vcpu.is_asked() {
-                            vcpu.ask();
-                        }
+                    // It has taken the request, and is about to follow, or a probe was missed.
+                    let lost = vcpu.filter(|vcpu| {
+                        let unfinished = [Progress::NextEntry, Progress::Pending];
+                        repeat && unfinished.contains(&progress) && !vcpu.is_asked()
+                    });
+                    if let Some(vcpu) = lost {
+                        vcpu.ask();
                     }
+                    awaited.vcpus += u32::from(progress.is_awaited() || lost.is_some());
+                    awaited.in_l2 |= progress == Progress::InL2;
                 }
             });
         });

@@ -344,7 +344,7 @@ impl Vm {
         // SAFETY: There is a `kvm` only if the VM is not dying.
         match kvm.and_then(|kvm| unsafe { kvm.vcpu(index as u32) }) {
             Some(now) if vcpu.in_l2 && now.in_l2() => Progress::InL2,
-            Some(now) if now.in_guest() || !now.is_asked() => Progress::Pending,
+            Some(now) if now.in_guest() => Progress::Pending,
             _ => Progress::NextEntry,
         }
     }

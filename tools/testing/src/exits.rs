@@ -12,6 +12,10 @@ use std::{
     path::{
         Path,
         PathBuf, //
+    },
+    sync::atomic::{
+        AtomicUsize,
+        Ordering, //
     }, //
 };
 
@@ -123,6 +127,10 @@ impl Counts {
     }
 }
 
+/// How many histograms there are. The next one's place is known by that, so that what a test left
+/// behind is found.
+static DEPTH: AtomicUsize = AtomicUsize::new(0);
+
 /// Counts events by the values of some of their fields.
 pub struct Histogram {
     instance: PathBuf,
@@ -134,8 +142,9 @@ pub struct Histogram {
 impl Histogram {
     /// Begins to count events, as "system/event", of which `filter` is true.
     pub fn start(event: &str, keys: &[&'static str], filter: &str) -> Result<Self> {
-        let name = event.replace('/', "-");
-        let instance = Path::new(TRACEFS).join(format!("instances/exitpolicy-test-{name}"));
+        let depth = DEPTH.fetch_add(1, Ordering::Relaxed);
+        let name = format!("instances/exitpolicy-test-{depth}");
+        let instance = Path::new(TRACEFS).join(name);
         match fs::create_dir(&instance) {
             // Left over from a test that failed half-way.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => fs::remove_dir(&instance)
@@ -169,6 +178,7 @@ impl Drop for Histogram {
         // The trigger pins kvm.ko. What cannot be removed fails the next one.
         let _ = fs::write(self.file("trigger"), format!("!{}", self.trigger));
         let _ = fs::remove_dir(&self.instance);
+        DEPTH.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

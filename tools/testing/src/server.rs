@@ -271,7 +271,7 @@ impl Server {
                 self.give_up(vcpu, &hear)
             }
             Request::GoOn { vcpu } => {
-                self.start_with(vcpu, Vcpu::go_on)?;
+                self.go_on(vcpu)?;
                 Ok(Answer::Done)
             }
             Request::Act { vcpu, action } => {
@@ -353,15 +353,13 @@ impl Server {
         Ok(Answer::Outcomes(errnos))
     }
 
+    /// When it returns, the guest is prepared, so that its gate may be opened.
     fn start(&mut self, number: usize, work: Work) -> Result<()> {
-        self.start_with(number, move |vcpu, give_up| vcpu.run(work, give_up))
+        self.with_vcpu(number, move |vcpu| vcpu.prepare(work))?;
+        self.go_on(number)
     }
 
-    fn start_with(
-        &mut self,
-        number: usize,
-        run: impl FnOnce(&mut Vcpu, &AtomicBool) -> Result<Report> + Send + 'static,
-    ) -> Result<()> {
+    fn go_on(&mut self, number: usize) -> Result<()> {
         let (say, hear) = mpsc::channel();
         let thread = self.threads.get_mut(number).context("no such thread")?;
         thread.give_up.store(false, Ordering::Release);
@@ -369,7 +367,7 @@ impl Server {
         let (give_up, ended) = (thread.give_up.clone(), thread.ended.clone());
         let job: Job = Box::new(move |slot| {
             let report = match slot {
-                Some(vcpu) => run(vcpu, &give_up),
+                Some(vcpu) => vcpu.go_on(&give_up),
                 None => Err(anyhow!("the thread has no vCPU")),
             };
             let _ = say.send(report);

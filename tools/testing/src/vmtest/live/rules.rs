@@ -358,8 +358,13 @@ fn check_refused(rig: &Rig, on_vmx: bool) -> Result<()> {
         );
     }
     // What is not given needs no giving back.
-    let holding = device.info()?.holding;
-    ensure!(holding == u64::from(!refused), "{holding} VMs are held");
+    let expected = u64::from(!refused);
+    ensure!(
+        soon(|| Ok(device.info()?.holding == expected))?,
+        "{:?}, {:?}, {view:?}",
+        device.info()?,
+        device.vcpus(rig.id)?
+    );
     Ok(())
 }
 
@@ -447,11 +452,8 @@ fn told_before_it_ran(vendor: Vendor) -> Result<()> {
     for vcpu in rig.vcpus.clone() {
         rig.vmm.act(vcpu, Action::SetCpuid)?;
     }
-    ensure!(
-        soon(|| Ok(rig.view()?.refused.is_empty()))?,
-        "{:?}",
-        rig.view()?
-    );
+    // It is looked at when something is decided.
+    rig.set(None, Exits::HLT)?;
     rig.start(Payload::Hlt)?;
     {
         let counter = rig.counter()?;

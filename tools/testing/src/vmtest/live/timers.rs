@@ -41,7 +41,8 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new(format!("live::mwait::armed_timer_{name}"), move || {
             armed_timer(vendor, payload, with)
         })
-        .ignored(!changeable.contains(Exits::MWAIT))
+        // On SVM, a native HLT ends by the host's next tick.
+        .ignored(!changeable.contains(Exits::MWAIT) || vendor == Vendor::Svm && halts(payload))
     });
     let pauses = [("asked_for", true), ("given", false)].map(|(name, asked)| {
         Test::new(format!("live::pause::window_when_{name}"), move || {
@@ -50,6 +51,10 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         .ignored(!changeable.contains(Exits::PAUSE))
     });
     Ok(timers.into_iter().chain(pauses).collect())
+}
+
+fn halts(payload: Payload) -> bool {
+    payload == Payload::Hlt
 }
 
 /// Whether this host's KVM uses the VMX preemption timer for its guests' timers.
