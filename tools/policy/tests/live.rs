@@ -163,9 +163,8 @@ impl Vm {
 }
 
 fn vm() -> impl Strategy<Value = Vm> {
-    (exits(), exits(), exits()).prop_map(|(floor, requested, effective)| {
-        Vm::new(floor, requested, effective)
-    })
+    (exits(), exits(), exits())
+        .prop_map(|(floor, requested, effective)| Vm::new(floor, requested, effective))
 }
 
 proptest! {

@@ -12,6 +12,7 @@ use std::{
         self,
         Write, //
     },
+    mem::offset_of,
     os::fd::AsRawFd,
     os::unix::fs::OpenOptionsExt,
     path::{
@@ -154,14 +155,19 @@ fn ioctl_sizes() -> Result<()> {
         for older in (first..size).step_by(8) {
             let mut argument = bytes(older, size);
             argument[older..].fill(0xaa);
+            if command == uapi::SET_ENABLED {
+                let enabled = offset_of!(uapi::Enabled, enabled);
+                argument[enabled..enabled + 4].copy_from_slice(&1u32.to_ne_bytes());
+            }
             // Some fail, for want of a flag, of a cgroup or of a VM. None does for the size.
             let result = state.device.bytes(command, &mut argument);
             let errno = result.as_ref().err().and_then(io::Error::raw_os_error);
             let expected = match command {
-                uapi::GET_INFO | uapi::NEXT_VM | uapi::NEXT_POLICY => None,
-                uapi::SET_ENABLED => continue,
+                uapi::GET_INFO | uapi::NEXT_VM | uapi::NEXT_POLICY | uapi::SET_ENABLED => None,
                 uapi::SET_POLICY => Some(libc::EINVAL),
-                uapi::GET_VM => Some(libc::ENOENT),
+                uapi::GET_VM | uapi::SET_VM | uapi::RESET_VM | uapi::NEXT_VCPU | uapi::GET_VCPU => {
+                    Some(libc::ENOENT)
+                }
                 _ => Some(libc::EBADF),
             };
             ensure!(

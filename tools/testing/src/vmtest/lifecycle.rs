@@ -134,7 +134,10 @@ fn running_vm(vendor: Vendor) -> Result<()> {
 
         modules::load(EXITPOLICY)?;
         // The policies went with the module, and so did the VM's being known since its beginning.
-        ensure!(sysfs::policy_ids()?.is_empty(), "a policy outlived the module");
+        ensure!(
+            sysfs::policy_ids()?.is_empty(),
+            "a policy outlived the module"
+        );
         let view = interface::only_vm()?;
         ensure!(
             view.adopted && view.requested.is_empty() && view.effective == floor,

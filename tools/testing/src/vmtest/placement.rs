@@ -209,9 +209,15 @@ fn moved_after_the_first_vcpu(vendor: Vendor) -> Result<()> {
         }
         if to.path() == without.path() {
             ioctl::set_policy(&with, Exits::NONE, Exits::ALL)?;
-            ensure!(interface::only_vm()?.effective == floor, "still in the old cgroup");
+            ensure!(
+                interface::only_vm()?.effective == floor,
+                "still in the old cgroup"
+            );
             ioctl::set_policy(&with, Exits::HLT, Exits::ALL)?;
-            ensure!(interface::only_vm()?.effective == floor, "still in the old cgroup");
+            ensure!(
+                interface::only_vm()?.effective == floor,
+                "still in the old cgroup"
+            );
         }
     }
     Ok(())
@@ -532,19 +538,20 @@ fn switched_off(vendor: Vendor) -> Result<()> {
 
     drop(off);
     ensure!(sysfs::top("enabled")? == "1", "enabled");
-    hlt(&mut early, early_vcpu, floor | Exits::HLT).context("given again")?;
+    let hlt_again = match vendor {
+        Vendor::Svm => floor | Exits::HLT,
+        // The switch has given back PV_UNHALT too, and whoever was told of it is refused.
+        Vendor::Vmx => floor,
+    };
+    hlt(&mut early, early_vcpu, hlt_again).context("given again")?;
     hlt(&mut asking, asking_vcpu, floor).context("clamped now")?;
-    // On Intel, this one's guest was told of PV_UNHALT when nothing was in the way of it.
+    // This one's guest was told of PV_UNHALT when nothing was in the way of it.
     let views = ioctl::vms()?;
     let view = views.iter().find(|view| view.pid == given.pid());
     let view = view.context("the VM is gone")?;
     ensure!(view.effective == floor | Exits::HLT, "{view:?}");
-    let has = match vendor {
-        Vendor::Svm => floor | Exits::HLT,
-        Vendor::Vmx => floor,
-    };
-    ensure!(view.refused == view.effective & !has, "{view:?}");
-    hlt(&mut given, given_vcpu, has)?;
+    ensure!(view.refused == view.effective & !hlt_again, "{view:?}");
+    hlt(&mut given, given_vcpu, hlt_again)?;
 
     let vm = asking.create_vm()?;
     asking.disable_exits(vm, Exits::HLT)?;

@@ -122,7 +122,10 @@ fn moved(vendor: Vendor) -> Result<()> {
             rig.view()?
         );
         let view = rig.settled()?;
-        ensure!(view.effective == floor | Exits::HLT, "round {round}: {view:?}");
+        ensure!(
+            view.effective == floor | Exits::HLT,
+            "round {round}: {view:?}"
+        );
         rig.check_all(&counter, Payload::Hlt, true)
             .with_context(|| format!("round {round}, fast"))?;
         without.add_process(rig.vmm.pid())?;
@@ -280,7 +283,10 @@ fn straggler(vendor: Vendor) -> Result<()> {
     let paused = rig.vcpus[1];
     rig.vmm.leave(paused)?;
     let answer = device.switch(uapi::Enabled::default())?;
-    ensure!(answer.pending == 0, "waited for a vCPU that cannot run: {answer:?}");
+    ensure!(
+        answer.pending == 0,
+        "waited for a vCPU that cannot run: {answer:?}"
+    );
     rig.step(&[0], 5)?;
     let view = interface::only_vm()?;
     let info = device.info()?;
@@ -419,7 +425,11 @@ fn many_vcpus(vendor: Vendor) -> Result<()> {
             let counted = rig.vmm.count(vcpu, Payload::Hlt, few(Payload::Hlt))?;
             Ok(counted.exits.of(vendor, Payload::Hlt))
         };
-        let expected = if passes { 0 } else { u64::from(few(Payload::Hlt)) };
+        let expected = if passes {
+            0
+        } else {
+            u64::from(few(Payload::Hlt))
+        };
         let exits = exits_of(&mut rig, VCPUS - 1)?;
         ensure!(exits == [expected], "{exits:?} exits of the last one");
     }
@@ -463,11 +473,15 @@ fn cpuid_repeated(vendor: Vendor) -> Result<()> {
                 // Before the vCPU has run with the change.
                 ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
                 for vcpu in rig.vcpus.clone() {
-                    rig.vmm.act(vcpu, Action::SetCpuid).context("given, not run")?;
+                    rig.vmm
+                        .act(vcpu, Action::SetCpuid)
+                        .context("given, not run")?;
                 }
                 ioctl::set_policy(&cgroup, Exits::NONE, Exits::NONE)?;
                 for vcpu in rig.vcpus.clone() {
-                    rig.vmm.act(vcpu, Action::SetCpuid).context("taken, not run")?;
+                    rig.vmm
+                        .act(vcpu, Action::SetCpuid)
+                        .context("taken, not run")?;
                 }
                 ioctl::clear_policy(&cgroup)?;
                 repeat(&mut rig, &format!("round {round}: as asked for"))?;

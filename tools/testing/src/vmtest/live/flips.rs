@@ -289,7 +289,10 @@ fn cost(vendor: Vendor, changes: u32) -> Result<()> {
             changed.total()
         );
         if first != last {
-            ensure!(asked > 0, "the guest was never asked, so nothing was tested");
+            ensure!(
+                asked > 0,
+                "the guest was never asked, so nothing was tested"
+            );
         }
         Ok(())
     })();

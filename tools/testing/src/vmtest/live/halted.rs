@@ -198,7 +198,10 @@ fn given_while_blocked(rig: &mut Rig) -> Result<()> {
     // It need not be woken for that.
     let state = &rig.view()?.vcpu(SLEEPER as u32)?.state.clone();
     ensure!(is_certain(state), "{state}");
-    ensure!(rig.guest.params(SLEEPER).executed == 0, "it woke by the change");
+    ensure!(
+        rig.guest.params(SLEEPER).executed == 0,
+        "it woke by the change"
+    );
     send(rig, ICR_FIXED)?;
     wait_for_end_of_halt(rig)?;
     halts_on(rig, true)
@@ -207,7 +210,10 @@ fn given_while_blocked(rig: &mut Rig) -> Result<()> {
 /// Out of KVM_RUN, with the guest halting.
 fn leave(rig: &mut Rig) -> Result<()> {
     let report = rig.vmm.leave(rig.vcpus[SLEEPER])?;
-    ensure!(report.stuck_at.is_some(), "the guest came to an end: {report:?}");
+    ensure!(
+        report.stuck_at.is_some(),
+        "the guest came to an end: {report:?}"
+    );
     ensure_halting(rig, report.executed)
 }
 

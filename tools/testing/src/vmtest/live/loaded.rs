@@ -102,7 +102,8 @@ fn adopted(vendor: Vendor, requested: Exits) -> Result<()> {
 
     ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
     rig.ensure_settled()?;
-    rig.check_all(&counter, Payload::Hlt, true).context("given")?;
+    rig.check_all(&counter, Payload::Hlt, true)
+        .context("given")?;
     ioctl::set_policy(&cgroup, Exits::NONE, Exits::NONE)?;
     rig.ensure_settled()?;
     rig.check_all(&counter, Payload::Hlt, false)

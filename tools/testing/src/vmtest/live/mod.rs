@@ -3,6 +3,7 @@
 //! Changing VMs that run.
 
 use std::{
+    sync::OnceLock,
     thread,
     time::Duration, //
 };
@@ -83,14 +84,45 @@ fn changeable(vendor: Vendor) -> Result<Exits> {
     Ok(supported(vendor)? & !floor(vendor)?)
 }
 
-/// How often a guest executes what it is about, to tell whether that exits. A pause filter lets
-/// many a PAUSE pass; a native HLT can last until the host's next tick.
+/// How often a guest executes what it is about, to tell whether that exits. A native HLT can last
+/// until the host's next tick.
 fn few(payload: Payload) -> u32 {
     match payload {
-        Payload::Pause => 20_000,
+        Payload::Pause => PAUSES.get().copied().unwrap_or(20),
         Payload::Hlt | Payload::Mwait => 2,
         _ => 20,
     }
+}
+
+/// How many executions of PAUSE exit for sure where they do: some pass a filter or a window, how
+/// many is for each host to say. Found out once.
+static PAUSES: OnceLock<u32> = OnceLock::new();
+
+/// Fills [`PAUSES`], with what a VM says that nothing was done to.
+fn count_pauses(vendor: Vendor) -> Result<()> {
+    if PAUSES.get().is_some() || !changeable(vendor)?.contains(Exits::PAUSE) {
+        return Ok(());
+    }
+    let cgroup = Cgroup::new("plain")?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    let vcpu = vmm.create_vcpu(vm, 0)?;
+    let mut count = 20;
+    loop {
+        let exits = vmm.count(vcpu, Payload::Pause, count)?.exits;
+        if exits.of(vendor, Payload::Pause)[0] > 0 {
+            break;
+        }
+        ensure!(count < 1 << 24, "no exit in {count} executions of PAUSE");
+        count *= 4;
+    }
+    vmm.kill()?;
+    if modules::is_loaded(EXITPOLICY)? {
+        interface::ensure_no_vms()?;
+    }
+    // Windows grow, and a vCPU that is interrupted begins a new one.
+    PAUSES.get_or_init(|| count * 8);
+    Ok(())
 }
 
 /// A VM that is changed while it runs.
@@ -116,6 +148,7 @@ struct Make {
 
 impl Rig {
     fn new(vendor: Vendor, cgroup: &Cgroup, make: Make) -> Result<Self> {
+        count_pauses(vendor)?;
         let mut vmm = Vmm::start(cgroup)?;
         let vm = vmm.create_vm()?;
         if !make.requested.is_empty() {
@@ -183,7 +216,8 @@ impl Rig {
             if is_so() {
                 return Ok(());
             }
-            if look < 100 {
+            // Not for long: on a host with one CPU, to look interrupts the guest.
+            if look < 20 {
                 thread::sleep(Duration::from_micros(20));
             } else {
                 pause();
@@ -270,14 +304,22 @@ impl Rig {
     /// Gives the VM, or one vCPU, an override. Everything must have changed when it returns.
     fn set(&self, vcpu: Option<u32>, disable: Exits) -> Result<()> {
         let pending = ioctl::set_override(self.id, vcpu, disable)?;
-        ensure!(pending == 0, "{pending} vCPUs are pending: {:?}", self.view()?);
+        ensure!(
+            pending == 0,
+            "{pending} vCPUs are pending: {:?}",
+            self.view()?
+        );
         self.ensure_settled()
     }
 
     /// Takes an override away.
     fn reset(&self, vcpu: Option<u32>) -> Result<()> {
         let pending = ioctl::reset_override(self.id, vcpu)?;
-        ensure!(pending == 0, "{pending} vCPUs are pending: {:?}", self.view()?);
+        ensure!(
+            pending == 0,
+            "{pending} vCPUs are pending: {:?}",
+            self.view()?
+        );
         self.ensure_settled()
     }
 

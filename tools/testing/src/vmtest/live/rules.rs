@@ -390,7 +390,10 @@ fn told_when_run(vendor: Vendor) -> Result<()> {
     ioctl::reset_override(rig.id, None)?;
     rig.check_all(&counter, Payload::Hlt, false)?;
     let view = rig.settled()?;
-    ensure!(view.refused.is_empty() && view.refusal == "none", "{view:?}");
+    ensure!(
+        view.refused.is_empty() && view.refusal == "none",
+        "{view:?}"
+    );
 
     ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
     rig.check_all(&counter, Payload::Hlt, passes)?;

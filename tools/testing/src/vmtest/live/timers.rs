@@ -102,7 +102,10 @@ fn armed_timer(vendor: Vendor, payload: Payload, with: Exits) -> Result<()> {
             }
             let (hardware, software) = (count(1)?, count(0)?);
             if hv && moves {
-                ensure!(hardware > hardware_before, "round {round}: KVM did not arm it");
+                ensure!(
+                    hardware > hardware_before,
+                    "round {round}: KVM did not arm it"
+                );
             }
             rig.set(None, exits)?;
             rig.wait(|| rig.guest.params(0).executed == goal)
@@ -173,7 +176,11 @@ fn pause_window(vendor: Vendor, asked: bool) -> Result<()> {
         ioctl::set_policy(&cgroup, Exits::PAUSE, Exits::ALL)?;
     }
     let mut rig = Rig::new(vendor, &cgroup, make)?;
-    ensure!(rig.view()?.effective.contains(Exits::PAUSE), "{:?}", rig.view()?);
+    ensure!(
+        rig.view()?.effective.contains(Exits::PAUSE),
+        "{:?}",
+        rig.view()?
+    );
     for round in 0..3 {
         rig.start(Payload::Pause)?;
         {
