@@ -21,8 +21,9 @@
 	((set) ? __print_flags(set, ",", exitpolicy_exits) : "none")
 
 /*
- * One for each decision, in the VMM's thread that creates the first vCPU.
- * More than one for a VM whose first vCPU could not be created at once.
+ * One for each decision.  The first is made in the VMM's thread that creates the
+ * first vCPU, and once more if that vCPU could not be created; later ones in the
+ * thread of who changes a policy or the VM, or in a worker if its VMM was moved.
  */
 TRACE_EVENT(exitpolicy_decision,
 	TP_PROTO(const struct exitpolicy_decision *decision),

@@ -406,6 +406,7 @@ fn check_kernel_config(host: &Host, release: &str, vendor: Option<Vendor>) -> Fi
         "CONFIG_RUST",
         "CONFIG_FPROBE",
         "CONFIG_DYNAMIC_FTRACE_WITH_ARGS",
+        "CONFIG_KPROBES",
         "CONFIG_CGROUPS",
     ]
     .iter()
@@ -603,6 +604,7 @@ mod tests {
         CONFIG_RUST=y\n\
         CONFIG_FPROBE=y\n\
         CONFIG_DYNAMIC_FTRACE_WITH_ARGS=y\n\
+        CONFIG_KPROBES=y\n\
         CONFIG_CGROUPS=y\n\
         CONFIG_KVM_AMD=m\n\
         # CONFIG_KVM_INTEL is not set\n";

@@ -340,7 +340,7 @@ fn host(root: &Path) {
         root,
         "boot/config-7.3.4+deb13-amd64",
         "CONFIG_MODULES=y\nCONFIG_RUST=y\nCONFIG_FPROBE=y\nCONFIG_DYNAMIC_FTRACE_WITH_ARGS=y\n\
-         CONFIG_CGROUPS=y\nCONFIG_KVM_INTEL=m\n",
+         CONFIG_KPROBES=y\nCONFIG_CGROUPS=y\nCONFIG_KVM_INTEL=m\n",
     );
 }
 
