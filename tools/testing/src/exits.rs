@@ -76,7 +76,7 @@ impl Vendor {
     /// has it.
     fn reasons(self, payload: Payload) -> &'static [&'static [u64]] {
         match (self, payload) {
-            (_, Payload::Nothing | Payload::Timer | Payload::Ipi) => &[],
+            (_, Payload::Nothing | Payload::Timer | Payload::Ipi | Payload::Wakeups) => &[],
             (Self::Vmx, Payload::Hlt) => &[&[12]],
             (Self::Vmx, Payload::Cstate | Payload::Aperfmperf) => &[&[31]],
             (Self::Vmx, Payload::Mwait) => &[&[36], &[39]],

@@ -28,6 +28,12 @@ pub const DONE: u8 = 0;
 pub const DONE_BY_SIPI: u8 = 1;
 /// The interrupt that ends a HLT or MWAIT.
 pub const TIMER_VECTOR: usize = 0x40;
+/// What vCPUs of [`Payload::Wakeups`] send each other.
+pub const IPI_VECTOR: usize = 0x41;
+/// The timer in TSC deadline mode.
+pub const DEADLINE_VECTOR: usize = 0x42;
+/// The timer of a vCPU that has a lock, or waits for it.
+pub const BACKSTOP_VECTOR: usize = 0x43;
 /// An exception that only a VMM brings about.
 pub const DE_VECTOR: usize = 0;
 pub const NMI_VECTOR: usize = 2;
@@ -57,6 +63,13 @@ pub enum Payload {
     Timer = 6,
     /// A write of [`Params::icr`] to the LAPIC's interrupt command register.
     Ipi = 7,
+    /// A sleep for each of what can end one: an IPI, the LAPIC's timer, and the same in TSC
+    /// deadline mode. vCPUs pass a token around in a ring, by the IPI: only who has it arms a timer
+    /// or sends an IPI. So there is one interrupt at a time that can end the sleep of a vCPU.
+    ///
+    /// If they were told of PV_UNHALT all of them want the same spin lock before that, [`SECTIONS`]
+    /// times. As in Linux, who waits for it halts until it is kicked.
+    Wakeups = 8,
 }
 
 impl Payload {
@@ -77,10 +90,18 @@ impl Payload {
             Self::Pause => Exits::PAUSE,
             Self::Cstate => Exits::CSTATE,
             Self::Aperfmperf => Exits::APERFMPERF,
-            Self::Nothing | Self::Timer | Self::Ipi => Exits::NONE,
+            Self::Nothing | Self::Timer | Self::Ipi | Self::Wakeups => Exits::NONE,
         }
     }
 }
+
+/// How often a vCPU has the lock in one execution of [`Payload::Wakeups`].
+pub const SECTIONS: u32 = 2;
+
+/// CPUID leaf 1 ECX: the LAPIC's timer has a TSC deadline mode.
+pub const CPUID1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+/// KVM_CPUID_FEATURES EAX: KVM_FEATURE_PV_UNHALT.
+pub const KVM_FEATURE_PV_UNHALT: u32 = 1 << 7;
 
 /// What the guest is told, and what it tells. One page of the guest, its stack at the end.
 #[derive(Clone, Copy, Debug, Default)]
@@ -115,8 +136,36 @@ pub struct Params {
     pub nmis: u32,
     /// #DE so far.
     pub exceptions: u32,
-    /// Low and high half of what [`Payload::Ipi`] writes.
+    /// Low and high half of what [`Payload::Ipi`] and [`Payload::Wakeups`] write.
     pub icr: [u32; 2],
+    /// The index of this vCPU, whose page is that many behind the first one's.
+    pub index: u32,
+    /// How many vCPUs there are.
+    pub vcpus: u32,
+    /// Whether this one has the token at first.
+    pub starts: u32,
+    /// Whether its LAPIC takes IPIs.
+    pub ready: u32,
+    /// IPIs so far.
+    pub ipis: u32,
+    /// Timer interrupts in TSC deadline mode so far.
+    pub deadlines: u32,
+    /// HLT and MWAIT so far, to sleep until one of these or [`Params::interrupts`] comes.
+    pub sleeps: u32,
+    /// This vCPU waits for the lock, and wants to be kicked.
+    pub waits: u32,
+    /// HLT so far, to wait for the lock.
+    pub halts: u32,
+    /// Others that were kicked so far.
+    pub kicks: u32,
+    /// Interrupts so far of the timer that ends a HLT with or without the lock.
+    pub backstops: u32,
+    /// Interrupts so far that only the emulator knows of.
+    pub repeated: u32,
+    /// The lock. This and the next one are those of the first vCPU.
+    pub lock: u32,
+    /// How often a vCPU had the lock so far.
+    pub sections: u32,
 }
 
 core::arch::global_asm!(
@@ -168,6 +217,8 @@ core::arch::global_asm!(
     "je 65f",
     "cmp eax, {ipi}",
     "je 75f",
+    "cmp eax, {wakeups}",
+    "je 200f",
     "jmp 9f",
     // The gate.
     "80:",
@@ -268,6 +319,174 @@ core::arch::global_asm!(
     "inc dword ptr [r15 + {executed}]",
     "dec ebx",
     "jnz 75b",
+    "jmp 9f",
+    "200:",
+    "mov eax, [r15 + {index}]",
+    "shl rax, 12",
+    "mov r14, r15",
+    "sub r14, rax", // the first vCPU's page
+    "inc dword ptr [r15 + {ready}]",
+    "202:",
+    "call 80b",
+    "test dword ptr [r15 + {kvm_features}], {pv_unhalt}",
+    "jz 206f",
+    "mov r13d, {sections_each}",
+    "203:",
+    "call 220f",
+    "dec r13d",
+    "jnz 203b",
+    // A late timer of the lock's shall not end another sleep.
+    "sti",
+    "nop",
+    "cli",
+    "206:",
+    "pause",
+    "mov ecx, 0x3fc",
+    "rdmsr",
+    "mov ecx, 0xe8",
+    "rdmsr",
+    "cmp dword ptr [r15 + {starts}], 0",
+    "jne 204f",
+    "call 240f",
+    "204:",
+    "call 250f",
+    "mov ecx, 0x830",
+    "mov eax, [r15 + {icr}]",
+    "mov edx, [r15 + {icr} + 4]",
+    "wrmsr",
+    "cmp dword ptr [r15 + {starts}], 0",
+    "je 205f",
+    "call 240f",
+    "205:",
+    "inc dword ptr [r15 + {executed}]",
+    "dec ebx",
+    "jnz 202b",
+    "jmp 9f",
+    // Takes the lock, counts, and gives it back.
+    "220:",
+    "mov eax, 1",
+    "xchg [r14 + {lock}], eax",
+    "test eax, eax",
+    "jz 222f",
+    "call 230f",
+    "jmp 220b",
+    "222:",
+    "mov edi, [r14 + {sections}]",
+    // Sleeps meanwhile, so that others want it.
+    "mov esi, [r15 + {ticks}]",
+    "call 260f",
+    "sti",
+    "hlt",
+    "cli",
+    "xor esi, esi",
+    "call 260f",
+    "inc edi",
+    "mov [r14 + {sections}], edi",
+    "xor eax, eax",
+    "xchg [r14 + {lock}], eax",
+    // Kicks the next one that waits.
+    "mov ecx, [r15 + {index}]",
+    "224:",
+    "inc ecx",
+    "cmp ecx, [r15 + {vcpus}]",
+    "jb 225f",
+    "xor ecx, ecx",
+    "225:",
+    "cmp ecx, [r15 + {index}]",
+    "je 228f",
+    "mov eax, ecx",
+    "shl rax, 12",
+    "cmp dword ptr [r14 + rax + {waits}], 0",
+    "je 224b",
+    "inc dword ptr [r15 + {kicks}]",
+    "push rbx",
+    "mov eax, 5", // KVM_HC_KICK_CPU
+    "xor ebx, ebx",
+    "vmcall", // on SVM, KVM makes a VMMCALL of it
+    "pop rbx",
+    "228:",
+    "ret",
+    // Halts until it is kicked, with interrupts off and on in turn. There is a timer, too: see the
+    // test.
+    "230:",
+    "mov esi, {backstop}",
+    "call 260f",
+    "mov eax, 1",
+    "xchg [r15 + {waits}], eax",
+    "cmp dword ptr [r14 + {lock}], 0",
+    "je 234f",
+    "inc dword ptr [r15 + {halts}]",
+    "test dword ptr [r15 + {halts}], 1",
+    "jz 232f",
+    "sti",
+    "232:",
+    "hlt",
+    "cli",
+    "234:",
+    "mov dword ptr [r15 + {waits}], 0",
+    "xor esi, esi",
+    // Arms the lock's timer, with ESI ns.
+    "260:",
+    "mov ecx, 0x832",
+    "mov eax, {backstop_vector}",
+    "xor edx, edx",
+    "wrmsr",
+    "mov ecx, 0x838",
+    "mov eax, esi",
+    "wrmsr",
+    "ret",
+    // Sleeps until the token comes.
+    "240:",
+    "lea rdi, [r15 + {ipis}]",
+    // Sleeps until there were as many of what RDI points to as rounds, by HLT and MWAIT in turn.
+    "242:",
+    "mov eax, [rdi]",
+    "cmp eax, [r15 + {begun}]",
+    "jae 246f",
+    "inc dword ptr [r15 + {sleeps}]",
+    "test dword ptr [r15 + {sleeps}], 1",
+    "jz 244f",
+    "lea rax, [r15 + {monitored}]",
+    "xor ecx, ecx",
+    "xor edx, edx",
+    "monitor",
+    "xor eax, eax",
+    "xor ecx, ecx",
+    "sti",
+    "mwait",
+    "cli",
+    "jmp 242b",
+    "244:",
+    "sti",
+    "hlt",
+    "cli",
+    "jmp 242b",
+    "246:",
+    "ret",
+    // Sleeps on the timer, in one-shot and in TSC deadline mode.
+    "250:",
+    "mov ecx, 0x832",
+    "mov eax, {timer_vector}",
+    "xor edx, edx",
+    "wrmsr",
+    "mov ecx, 0x838",
+    "mov eax, [r15 + {ticks}]",
+    "wrmsr",
+    "lea rdi, [r15 + {interrupts}]",
+    "call 242b",
+    "test dword ptr [r15 + {cpuid1_ecx}], {tsc_deadline}",
+    "jz 246b",
+    "mov ecx, 0x832",
+    "mov eax, {deadline_lvt}",
+    "xor edx, edx",
+    "wrmsr",
+    "rdtsc",
+    "add eax, {cycles}",
+    "adc edx, 0",
+    "mov ecx, 0x6e0",
+    "wrmsr",
+    "lea rdi, [r15 + {deadlines}]",
+    "jmp 242b",
     "9:",
     "mov dx, {done_port}",
     "mov eax, {done}",
@@ -275,18 +494,44 @@ core::arch::global_asm!(
     "jmp 9b",
     ".globl exitpolicy_guest_timer",
     "exitpolicy_guest_timer:",
-    "push rax",
     "push rcx",
+    "lea rcx, [r15 + {interrupts}]",
+    // Counts, unless this interrupts the same handler, with interrupts off: QEMU may deliver what
+    // KVM injected once more when it looks at its own clock before the guest exits.
+    "2:",
+    "push rax",
     "push rdx",
-    "inc dword ptr [r15 + {interrupts}]",
+    "lea rax, [rip + exitpolicy_guest_timer]",
+    "cmp [rsp + 24], rax",
+    "jae 3f",
+    "inc dword ptr [rcx]",
     "mov ecx, 0x80b", // EOI
     "xor eax, eax",
     "xor edx, edx",
     "wrmsr",
+    "jmp 4f",
+    "3:",
+    "inc dword ptr [r15 + {repeated}]",
+    "4:",
     "pop rdx",
-    "pop rcx",
     "pop rax",
+    "pop rcx",
     "iretq",
+    ".globl exitpolicy_guest_ipi",
+    "exitpolicy_guest_ipi:",
+    "push rcx",
+    "lea rcx, [r15 + {ipis}]",
+    "jmp 2b",
+    ".globl exitpolicy_guest_deadline",
+    "exitpolicy_guest_deadline:",
+    "push rcx",
+    "lea rcx, [r15 + {deadlines}]",
+    "jmp 2b",
+    ".globl exitpolicy_guest_backstop",
+    "exitpolicy_guest_backstop:",
+    "push rcx",
+    "lea rcx, [r15 + {backstops}]",
+    "jmp 2b",
     ".globl exitpolicy_guest_gp",
     "exitpolicy_guest_gp:",
     "inc dword ptr [r15 + {gp}]",
@@ -332,6 +577,20 @@ core::arch::global_asm!(
     nmis = const offset_of!(Params, nmis),
     exceptions = const offset_of!(Params, exceptions),
     icr = const offset_of!(Params, icr),
+    index = const offset_of!(Params, index),
+    vcpus = const offset_of!(Params, vcpus),
+    starts = const offset_of!(Params, starts),
+    ready = const offset_of!(Params, ready),
+    ipis = const offset_of!(Params, ipis),
+    deadlines = const offset_of!(Params, deadlines),
+    sleeps = const offset_of!(Params, sleeps),
+    waits = const offset_of!(Params, waits),
+    halts = const offset_of!(Params, halts),
+    kicks = const offset_of!(Params, kicks),
+    backstops = const offset_of!(Params, backstops),
+    repeated = const offset_of!(Params, repeated),
+    lock = const offset_of!(Params, lock),
+    sections = const offset_of!(Params, sections),
     // A cache line of its own, so that nothing but an interrupt ends the MWAIT.
     monitored = const 0x400,
     mwait = const Payload::Mwait as u32,
@@ -341,7 +600,18 @@ core::arch::global_asm!(
     aperfmperf = const Payload::Aperfmperf as u32,
     timer = const Payload::Timer as u32,
     ipi = const Payload::Ipi as u32,
+    wakeups = const Payload::Wakeups as u32,
     timer_vector = const TIMER_VECTOR,
+    backstop_vector = const BACKSTOP_VECTOR,
+    // Bits 18:17 of the LVT: TSC deadline mode.
+    deadline_lvt = const 0x40000 | DEADLINE_VECTOR,
+    // Some 10 us on a real CPU, and 400 us in Bochs.
+    cycles = const 20_000,
+    // 1 ms.
+    backstop = const 1_000_000,
+    sections_each = const SECTIONS,
+    tsc_deadline = const CPUID1_ECX_TSC_DEADLINE,
+    pv_unhalt = const KVM_FEATURE_PV_UNHALT,
     done_port = const DONE_PORT,
     done = const DONE,
     done_by_sipi = const DONE_BY_SIPI,
@@ -350,6 +620,9 @@ core::arch::global_asm!(
 extern "C" {
     static exitpolicy_guest_start: u8;
     static exitpolicy_guest_timer: u8;
+    static exitpolicy_guest_ipi: u8;
+    static exitpolicy_guest_deadline: u8;
+    static exitpolicy_guest_backstop: u8;
     static exitpolicy_guest_gp: u8;
     static exitpolicy_guest_ud: u8;
     static exitpolicy_guest_nmi: u8;
@@ -362,7 +635,7 @@ extern "C" {
 pub struct Code {
     pub bytes: &'static [u8],
     /// Vector, and offset of its handler in `bytes`.
-    pub handlers: [(usize, usize); 5],
+    pub handlers: [(usize, usize); 8],
     /// What a vCPU executes after SIPI.
     pub sipi: &'static [u8],
 }
@@ -380,6 +653,15 @@ pub fn code() -> Code {
         sipi: &bytes[offset(&raw const exitpolicy_guest_sipi)..],
         handlers: [
             (TIMER_VECTOR, offset(&raw const exitpolicy_guest_timer)),
+            (IPI_VECTOR, offset(&raw const exitpolicy_guest_ipi)),
+            (
+                DEADLINE_VECTOR,
+                offset(&raw const exitpolicy_guest_deadline),
+            ),
+            (
+                BACKSTOP_VECTOR,
+                offset(&raw const exitpolicy_guest_backstop),
+            ),
             (GP_VECTOR, offset(&raw const exitpolicy_guest_gp)),
             (UD_VECTOR, offset(&raw const exitpolicy_guest_ud)),
             (NMI_VECTOR, offset(&raw const exitpolicy_guest_nmi)),

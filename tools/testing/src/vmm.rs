@@ -86,7 +86,8 @@ use crate::{
         DE_VECTOR,
         DONE,
         DONE_BY_SIPI,
-        DONE_PORT, //
+        DONE_PORT,
+        KVM_FEATURE_PV_UNHALT, //
     },
     stats, //
 };
@@ -111,8 +112,6 @@ const TSS: usize = 0xfffb_d000;
 const CPUID1_ECX_MWAIT: u32 = 1 << 3;
 /// CPUID leaf 6 ECX: APERF and MPERF.
 const CPUID6_ECX_APERFMPERF: u32 = 1 << 0;
-/// KVM_CPUID_FEATURES EAX: KVM_FEATURE_PV_UNHALT.
-const KVM_FEATURE_PV_UNHALT: u32 = 1 << 7;
 const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
 
 /// What a guest does in one run.
@@ -125,8 +124,11 @@ pub struct Work {
     pub ticks: u32,
     /// The gate, until it is opened further; see [`Guest::open_gate`].
     pub until: u32,
-    /// Low and high half of what [`Payload::Ipi`] sends.
+    /// Low and high half of what [`Payload::Ipi`] and [`Payload::Wakeups`] send.
     pub icr: [u32; 2],
+    /// [`Payload::Wakeups`]: how many vCPUs there are, and whether this one has the token at first.
+    pub vcpus: u32,
+    pub starts: bool,
 }
 
 impl Work {
@@ -138,6 +140,8 @@ impl Work {
             ticks: 50_000,
             until: u32::MAX,
             icr: [0; 2],
+            vcpus: 0,
+            starts: false,
         }
     }
 
@@ -469,6 +473,9 @@ impl Vcpu {
                 ticks: work.ticks,
                 until: work.until,
                 icr: work.icr,
+                index: self.index as u32,
+                vcpus: work.vcpus,
+                starts: work.starts.into(),
                 ..Params::default()
             })
         };

@@ -66,6 +66,7 @@ mod halted;
 mod loaded;
 mod rules;
 mod timers;
+mod torture;
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     let tests = [
@@ -75,6 +76,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         rules::tests(vendor)?,
         cgroups::tests(vendor)?,
         loaded::tests(vendor)?,
+        torture::tests(vendor)?,
     ];
     Ok(tests.into_iter().flatten().collect())
 }
