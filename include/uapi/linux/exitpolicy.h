@@ -187,8 +187,8 @@ struct exitpolicy_policy {
  * @effective: out: what the VM should have; vCPUs with an override differ
  * @clamped: out: what the VMM asked for and "allow" took away
  * @disable: out: the VM's override, if @has_disable
- * @refused: out: what of @effective the VM cannot be given, or what it keeps
- *	in spite of it
+ * @refused: out: what of @effective, and of what its vCPUs should have, cannot
+ *	be given, or is kept in spite of it
  * @refusal: out: EXITPOLICY_REFUSAL_*, why
  * @has_disable: out: 1 if the VM has an override
  * @pending: out: number of its vCPUs that are on their way
