@@ -8,6 +8,7 @@ pub mod exits;
 pub mod interface;
 pub mod kernel_log;
 pub mod modules;
+pub mod nested;
 pub mod payload;
 pub mod server;
 pub mod stats;

@@ -70,6 +70,10 @@ pub enum Payload {
     /// If they were told of PV_UNHALT all of them want the same spin lock before that, [`SECTIONS`]
     /// times. As in Linux, who waits for it halts until it is kicked.
     Wakeups = 8,
+    /// HLT in a guest of the guest, which does not intercept it ([`crate::nested`]).
+    L2Hlt = 9,
+    /// HLT in a guest of the guest, which intercepts it, and halts itself.
+    L2HltIntercepted = 10,
 }
 
 impl Payload {
@@ -91,6 +95,7 @@ impl Payload {
             Self::Cstate => Exits::CSTATE,
             Self::Aperfmperf => Exits::APERFMPERF,
             Self::Nothing | Self::Timer | Self::Ipi | Self::Wakeups => Exits::NONE,
+            Self::L2Hlt | Self::L2HltIntercepted => Exits::NONE,
         }
     }
 }

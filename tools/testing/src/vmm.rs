@@ -42,12 +42,14 @@ use kvm_bindings::{
     kvm_enable_cap,
     kvm_lapic_state,
     kvm_mp_state,
+    kvm_msr_entry,
     kvm_regs,
     kvm_segment,
     kvm_sregs,
     kvm_userspace_memory_region,
     kvm_vcpu_events,
     CpuId,
+    Msrs,
     KVM_CAP_X86_DISABLE_EXITS,
     KVM_MAX_CPUID_ENTRIES,
     KVM_MP_STATE_RUNNABLE, //
@@ -79,6 +81,8 @@ use serde::{
 };
 
 use crate::{
+    exits::Vendor,
+    nested,
     payload::{
         self,
         Params,
@@ -105,6 +109,9 @@ pub const SIPI_PAGE: usize = 0xd;
 /// One page for each vCPU.
 const PARAMS: usize = 0x10000;
 const PAGE: usize = 0x1000;
+/// The code of guests that have guests, and the first vCPU's pages for that.
+const NESTED_CODE: usize = 0x10_0000;
+const NESTED: usize = 0x10_1000;
 /// Where VMX on CPUs without unrestricted guests puts three pages of its own.
 const TSS: usize = 0xfffb_d000;
 
@@ -112,6 +119,13 @@ const TSS: usize = 0xfffb_d000;
 const CPUID1_ECX_MWAIT: u32 = 1 << 3;
 /// CPUID leaf 6 ECX: APERF and MPERF.
 const CPUID6_ECX_APERFMPERF: u32 = 1 << 0;
+/// CPUID leaf 1 ECX: VMX.
+const CPUID1_ECX_VMX: u32 = 1 << 5;
+/// CPUID leaf 0x80000001 ECX: SVM.
+const CPUID8_1_ECX_SVM: u32 = 1 << 2;
+const MSR_IA32_FEAT_CTL: u32 = 0x3a;
+/// FEAT_CTL_LOCKED and FEAT_CTL_VMX_ENABLED_OUTSIDE_SMX.
+const FEAT_CTL_VMX: u64 = 1 << 0 | 1 << 2;
 const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
 
 /// What a guest does in one run.
@@ -263,6 +277,18 @@ impl Memory {
         // SAFETY: Within the mapping, as just checked.
         unsafe { self.address.as_ptr().add(offset) }.cast()
     }
+
+    fn l1(&self, index: usize) -> *mut nested::L1 {
+        let offset = nested_pages(index);
+        assert!(offset + PAGE <= MEMORY);
+        // SAFETY: Within the mapping, as just checked.
+        unsafe { self.address.as_ptr().add(offset) }.cast()
+    }
+}
+
+/// Where a vCPU's pages are for a guest of its guest.
+fn nested_pages(index: usize) -> usize {
+    NESTED + index * nested::PAGES * PAGE
 }
 
 impl Drop for Memory {
@@ -303,6 +329,28 @@ impl Guest {
             let value = until.read_volatile() + count;
             until.write_volatile(value);
             value
+        }
+    }
+
+    /// Changes [`Work::ticks`] between two executions.
+    pub fn set_ticks(&self, index: usize, ticks: u32) {
+        // SAFETY: Mapped and aligned; only one test writes it.
+        unsafe { (&raw mut (*self.memory.params(index)).ticks).write_volatile(ticks) };
+    }
+
+    /// What the guest of a vCPU told so far of the guest that it has.
+    pub fn l1(&self, index: usize) -> nested::L1 {
+        // SAFETY: As in `params`.
+        unsafe { self.memory.l1(index).read_volatile() }
+    }
+
+    /// Makes L2 leave for L1 until it has done so `leave` times, and L1 go back `back` times.
+    pub fn set_l2(&self, index: usize, leave: u32, back: u32) {
+        let l1 = self.memory.l1(index);
+        // SAFETY: Mapped and aligned; only one test writes these words.
+        unsafe {
+            (&raw mut (*l1).back).write_volatile(back);
+            (&raw mut (*l1).leave).write_volatile(leave);
         }
     }
 }
@@ -480,13 +528,79 @@ impl Vcpu {
             })
         };
         let page = (PARAMS + self.index * PAGE) as u64;
+        let is_nested = matches!(work.payload, Payload::L2Hlt | Payload::L2HltIntercepted);
+        if is_nested {
+            self.prepare_nested(work.payload == Payload::L2HltIntercepted)
+                .context("cannot make the guest a hypervisor")?;
+        }
         self.fd.set_regs(&kvm_regs {
-            rip: CODE as u64,
+            rip: if is_nested { NESTED_CODE } else { CODE } as u64,
             rsp: page + PAGE as u64,
+            r14: nested_pages(self.index) as u64,
             r15: page,
             rflags: 2,
             ..Default::default()
         })?;
+        Ok(())
+    }
+
+    /// Makes what the guest needs to have a guest.
+    fn prepare_nested(&mut self, intercepts_hlt: bool) -> Result<()> {
+        let cpuid = self.vm.cpuid();
+        let has = |function, ecx| {
+            let mut leaves = cpuid.as_slice().iter();
+            leaves.any(|leaf| leaf.function == function && leaf.ecx & ecx != 0)
+        };
+        let vendor = if has(0x8000_0001, CPUID8_1_ECX_SVM) {
+            Vendor::Svm
+        } else if has(1, CPUID1_ECX_VMX) {
+            self.write_msr(MSR_IA32_FEAT_CTL, FEAT_CTL_VMX)?;
+            Vendor::Vmx
+        } else {
+            bail!("KVM has neither VMX nor SVM for its guests");
+        };
+        let sregs = self.fd.get_sregs()?;
+        let pages = nested_pages(self.index);
+        let setup = nested::Setup {
+            vendor,
+            intercepts_hlt,
+            cr0: sregs.cr0,
+            cr3: sregs.cr3,
+            cr4: sregs.cr4,
+            efer: sregs.efer,
+            gdt: (sregs.gdt.base, sregs.gdt.limit),
+            idt: (sregs.idt.base, sregs.idt.limit),
+            code: NESTED_CODE as u64,
+            params: (PARAMS + self.index * PAGE) as u64,
+            pages: pages as u64,
+        };
+        let words = setup.words(|msr| self.read_msr(msr))?;
+        let memory = &self.vm.memory;
+        memory.write(pages, &[0; nested::PAGES * PAGE]);
+        for (offset, word) in words {
+            memory.write_u64(pages + offset, word);
+        }
+        Ok(())
+    }
+
+    fn read_msr(&self, index: u32) -> Result<u64> {
+        let mut msrs = Msrs::from_entries(&[kvm_msr_entry {
+            index,
+            ..Default::default()
+        }])?;
+        let done = self.fd.get_msrs(&mut msrs)?;
+        ensure!(done == 1, "KVM_GET_MSRS of {index:#x}");
+        Ok(msrs.as_slice()[0].data)
+    }
+
+    fn write_msr(&self, index: u32, data: u64) -> Result<()> {
+        let msrs = Msrs::from_entries(&[kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        }])?;
+        let done = self.fd.set_msrs(&msrs)?;
+        ensure!(done == 1, "KVM_SET_MSRS of {index:#x}");
         Ok(())
     }
 
@@ -664,6 +778,7 @@ fn build_guest(memory: &Memory) {
     let code = payload::code();
     memory.write(CODE, code.bytes);
     memory.write(SIPI_PAGE * PAGE, code.sipi);
+    memory.write(NESTED_CODE, nested::code());
     for (vector, offset) in code.handlers {
         let handler = (CODE + offset) as u64;
         let gate = (handler & 0xffff) | (8 << 16) | (0x8e00 << 32) | ((handler >> 16) << 48);

@@ -64,6 +64,7 @@ mod cgroups;
 mod flips;
 mod halted;
 mod loaded;
+mod nested;
 mod rules;
 mod timers;
 mod torture;
@@ -77,6 +78,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         cgroups::tests(vendor)?,
         loaded::tests(vendor)?,
         torture::tests(vendor)?,
+        nested::tests(vendor)?,
     ];
     Ok(tests.into_iter().flatten().collect())
 }
