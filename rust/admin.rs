@@ -256,6 +256,9 @@ impl Admin {
         let pending = how.wait.map_or(0, |limit| {
             self.engine.wait_for(stamp, limit, |_| self.watch_l2())
         });
+        if !self.engine.any_in_l2() {
+            self.stop_watching_l2();
+        }
         self.set_quiet_flags();
         pending
     }

@@ -259,6 +259,13 @@ impl<'a> Vcpu<'a> {
         unsafe { bindings::exitpolicy_vcpu_in_l2(self.as_ptr()) }
     }
 
+    /// Whether it may be on its way from L1, where it was seen outside of the guest, into L2, and so
+    /// get there without having changed. VMX only.
+    pub(crate) fn may_enter_l2(self) -> bool {
+        // SAFETY: Alive, by the invariant.
+        unsafe { bindings::exitpolicy_vcpu_may_enter_l2(self.as_ptr()) }
+    }
+
     /// Whether its guest was told of paravirtual unhalting, now or before.
     ///
     /// Written by KVM_SET_CPUID before the vCPU runs, and by [`Vcpu::tell_pv_unhalt`].

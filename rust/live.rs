@@ -228,14 +228,18 @@ impl Engine {
                 if vm.stamp < stamp {
                     return;
                 }
-                for index in 0..vm.vcpus.len() {
+                for (index, known) in vm.vcpus.iter().enumerate() {
                     let progress = vm.progress(kvm, index);
                     // SAFETY: There is a `kvm` only if the VM is not dying.
                     let vcpu = kvm.and_then(|kvm| unsafe { kvm.vcpu(index as u32) });
                     // It has taken the request, and is about to follow, or a probe was missed.
                     let lost = vcpu.filter(|vcpu| {
-                        let unfinished = [Progress::NextEntry, Progress::Pending];
-                        repeat && unfinished.contains(&progress) && !vcpu.is_asked()
+                        let unfinished = match progress {
+                            Progress::InForce => false,
+                            Progress::NextEntry | Progress::Pending => true,
+                            Progress::InL2 => !known.in_l2,
+                        };
+                        repeat && unfinished && !vcpu.is_asked()
                     });
                     if let Some(vcpu) = lost {
                         vcpu.ask();
@@ -256,9 +260,14 @@ impl Engine {
     }
 
     fn has_vcpu_in_l2(&self, id: u64) -> bool {
-        let any = self
-            .vms
-            .with(id, |vm, _| vm.vcpus.iter().any(|vcpu| vcpu.in_l2));
+        let any = self.vms.with(id, |vm, kvm| {
+            // One that has failed may have left since, and what it failed at been taken back; one
+            // that sleeps in L2 will fail.
+            vm.vcpus.iter().enumerate().any(|(index, vcpu)| {
+                let progress = vm.progress(kvm, index);
+                progress == Progress::InL2 || (vcpu.in_l2 && progress != Progress::InForce)
+            })
+        });
         any == Some(true)
     }
 
@@ -397,9 +406,11 @@ impl Vm {
         let index = vcpu.index()? as usize;
         let known = *self.vcpus.get(index)?;
         let flags = Exits::from_bits_truncate(kvm.disabled_exits());
+        let was_in_l2 = known.in_l2;
         if known.entered && !self.has_to_change(&known) && known.in_force == flags {
             // What KVM makes of the flags by itself is left to it.
-            return Some(false);
+            self.vcpus.get_mut(index)?.in_l2 = false;
+            return Some(was_in_l2);
         }
 
         let (own, refusal) = facts.vendor.limits(vcpu);
@@ -445,7 +456,7 @@ impl Vm {
         if undone && self.vcpus.len() >= kvm.online_vcpus() as usize {
             self.stale = true;
         }
-        Some(self.stale || self.wants_quiet || in_l2)
+        Some(self.stale || self.wants_quiet || in_l2 || was_in_l2)
     }
 
     /// The number of vCPUs that are on their way.

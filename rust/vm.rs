@@ -69,6 +69,8 @@ pub(crate) struct Vm {
     pub(crate) decision: Decision,
     pub(crate) limits: Limits,
     pub(crate) refusal: Refusal,
+    /// Its vCPUs cannot be changed in L2.
+    l2_stays: bool,
     /// By their index in KVM's array. The last one may be being created.
     pub(crate) vcpus: KVec<Vcpu>,
     /// Older than this module.
@@ -246,6 +248,7 @@ impl Vm {
     pub(crate) fn look_for_limits(&mut self, kvm: kvm::Vm<'_>, vendor: &dyn Vendor) {
         self.limits = Limits::NONE;
         self.refusal = Refusal::None;
+        self.l2_stays = vendor.functions().nested_vmexit.is_some();
         for index in 0..self.vcpus.len() {
             // SAFETY: The VM is not dying, or there would be no `kvm` (`Vms::with`).
             if let Some(vcpu) = unsafe { kvm.vcpu(index as u32) } {
@@ -342,10 +345,18 @@ impl Vm {
             return Progress::InForce;
         }
         // SAFETY: There is a `kvm` only if the VM is not dying.
-        match kvm.and_then(|kvm| unsafe { kvm.vcpu(index as u32) }) {
-            Some(now) if vcpu.in_l2 && now.in_l2() => Progress::InL2,
-            Some(now) if now.in_guest() => Progress::Pending,
-            _ => Progress::NextEntry,
+        let Some(now) = kvm.and_then(|kvm| unsafe { kvm.vcpu(index as u32) }) else {
+            return Progress::NextEntry;
+        };
+        // In this order: one that is seen outside, and not on its way into L2, and then in L1, gets
+        // into L2 through L1 only, where it changes.
+        let on_its_way = now.in_guest() || (self.l2_stays && now.may_enter_l2());
+        if self.l2_stays && now.in_l2() {
+            Progress::InL2
+        } else if on_its_way {
+            Progress::Pending
+        } else {
+            Progress::NextEntry
         }
     }
 
@@ -483,6 +494,7 @@ impl Vms {
             decision: new.decision,
             limits: Limits::NONE,
             refusal: Refusal::None,
+            l2_stays: false,
             vcpus: KVec::new(),
             adopted: new.adopted,
             changed: false,

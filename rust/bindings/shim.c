@@ -251,6 +251,16 @@ bool exitpolicy_vcpu_in_l2(struct kvm_vcpu *vcpu)
 	return is_guest_mode(vcpu);
 }
 
+bool exitpolicy_vcpu_may_enter_l2(struct kvm_vcpu *vcpu)
+{
+	/*
+	 * VMX. Between an exit and its handling, which may be that of VMLAUNCH
+	 * or VMRESUME. One that sleeps, or is in no ioctl, is past that.
+	 */
+	return (READ_ONCE(vcpu->arch.cr4) & X86_CR4_VMXE) &&
+	       mutex_is_locked(&vcpu->mutex) && !kvm_vcpu_is_blocking(vcpu);
+}
+
 unsigned long exitpolicy_find_function(const char *symbol)
 {
 	/* Registered but not armed: nothing is written into the function. */

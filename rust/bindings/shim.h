@@ -77,6 +77,7 @@ bool exitpolicy_vcpu_in_guest(struct kvm_vcpu *vcpu);
 void exitpolicy_vcpu_ask(struct kvm_vcpu *vcpu);
 bool exitpolicy_vcpu_is_asked(struct kvm_vcpu *vcpu);
 bool exitpolicy_vcpu_in_l2(struct kvm_vcpu *vcpu);
+bool exitpolicy_vcpu_may_enter_l2(struct kvm_vcpu *vcpu);
 
 /*
  * Functions of KVM's that it does not export to others.  They are called by
