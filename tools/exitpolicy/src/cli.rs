@@ -280,9 +280,28 @@ OF EACH VCPU
              refused: KVM runs on Hyper-V
                              all: KVM does not use the CPU's own VMCS
 
+UNMANAGED
+  VMs that KVM's debugfs has and the module does not know: the pid of the VMM, the number
+  of the VM's file there, and why
+
+  no vCPU yet     it is decided on when its first vCPU is created
+  missed          the module should know it: see 'missed' in exitpolicy-status(1), and
+                  what the kernel log says of exitpolicy
+  TDX, or missed  the same, or it is a TDX VM, which is left alone: with
+                  kvm_intel.tdx=Y, it cannot be told from outside
+  the module works with no vendor module
+                  it refused kvm_amd or kvm_intel: the kernel log says why
+
+  Of several VMs of a VMM it may not be known which ones they are, but how many. The pid
+  is unknown if the thread that made the VM has ended, or has its file under another
+  number by now, and those that run the vCPUs do not lead to it either.
+
 ",
     exit_status!(),
     "
+
+FILES
+  /sys/kernel/debug/kvm/  the VMs that KVM has, each with a directory THREAD-FD
 
 SEE ALSO
   exitpolicy(1), exitpolicy-vm-set(1), exitpolicy-vm-reset(1),
@@ -615,6 +634,8 @@ pub enum VmCommand {
     /// Lists the VMs
     ///
     /// Those that run. The module takes over VMs that are older than itself when it is loaded.
+    /// Below them, as "unmanaged", are VMs that KVM has and the module does not know, and why it
+    /// does not.
     #[command(after_long_help = VM_HELP)]
     List,
 

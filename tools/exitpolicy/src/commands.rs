@@ -34,6 +34,7 @@ use crate::{
         StatusView,
         StragglerView,
         UnloadView,
+        UnmanagedView,
         View,
         VmListView,
         VmView, //
@@ -60,6 +61,12 @@ use exitpolicy::{
     },
     policy::Exits,
     unload,
+    unmanaged::{
+        Known,
+        Kvm,
+        Reason,
+        Unmanaged, //
+    },
     Device,
     Error,
     Host, //
@@ -455,12 +462,24 @@ impl Runner {
 
     fn list_vms(&self) -> Result<Answer, Error> {
         let device = Device::open(&self.host)?;
+        // Before the module is asked: it knows a VM before KVM shows a vCPU of it.
+        let kvm = Kvm::look(&self.host);
+        let mut seen = look(&device, |_| true)?;
+        let unmanaged = kvm.and_then(|kvm| unmanaged(&device, kvm, &mut seen));
+        let mut notes = Vec::new();
+        let unmanaged = match unmanaged {
+            Ok(unmanaged) => Some(unmanaged.iter().map(UnmanagedView::from).collect()),
+            Err(error) => {
+                notes.push(notes::on_unmanaged_unknown(&error));
+                None
+            }
+        };
         let hierarchy = self.hierarchy_if_any();
-        let vms = look(&device, |_| true)?
+        let vms = seen
             .iter()
             .map(|seen| vm_view(hierarchy.as_ref(), seen))
             .collect();
-        Ok(self.answer(&VmListView { vms }, Vec::new()))
+        Ok(self.answer(&VmListView { vms, unmanaged }, notes))
     }
 
     fn show_vm(&self, id: u64) -> Result<Answer, Error> {
@@ -588,6 +607,33 @@ fn look_at(device: &Device, id: u64) -> Result<Seen, Error> {
     let vm = device.vm(id)?;
     let vcpus = device.vcpus(id).collect::<Result<_, _>>()?;
     Ok(Seen { vm, vcpus })
+}
+
+/// The VMs that the module does not know. `seen` are those that it knows, which it may be asked for
+/// again.
+fn unmanaged(
+    device: &Device,
+    mut kvm: Kvm<'_>,
+    seen: &mut Vec<Seen>,
+) -> Result<Vec<Unmanaged>, Error> {
+    let vendor = device.info()?.vendor;
+    let unmanaged = kvm.unmanaged(&known(seen), vendor);
+    if unmanaged.iter().all(|vm| vm.reason == Reason::NoVcpu) {
+        return Ok(unmanaged);
+    }
+    // One may have ended, or got its first vCPU, while we looked.
+    *seen = look(device, |_| true)?;
+    kvm.forget_ended()?;
+    Ok(kvm.unmanaged(&known(seen), vendor))
+}
+
+fn known(seen: &[Seen]) -> Vec<Known> {
+    seen.iter()
+        .map(|seen| Known {
+            pid: seen.vm.pid,
+            vcpus: seen.vcpus.iter().map(|vcpu| vcpu.id).collect(),
+        })
+        .collect()
 }
 
 /// The VMs in a cgroup and below, with those whose cgroup cannot be found from here.

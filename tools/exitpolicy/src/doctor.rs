@@ -211,7 +211,8 @@ fn kvm_module(vendor: Vendor) -> &'static str {
     }
 }
 
-fn loaded_vendor(host: &Host) -> Option<Vendor> {
+/// The vendor module of KVM that is loaded, if one is.
+pub(crate) fn loaded_vendor(host: &Host) -> Option<Vendor> {
     [Vendor::Svm, Vendor::Vmx]
         .into_iter()
         .find(|vendor| host.has(Path::new("/sys/module").join(kvm_module(*vendor))))

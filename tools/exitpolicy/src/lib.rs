@@ -4,9 +4,9 @@
 //!
 //! [`Device`] speaks to the module, [`cgroup`] finds the cgroups that policies sit on, [`live`] says
 //! how VMs that run change, [`explain`] where a decision comes from, [`doctor`] whether a host can
-//! do it at all, and [`unload`] removes the module. What a set of
-//! exits and a policy are is said in one place, the crate `exitpolicy_policy`, which the module
-//! compiles too; it is [re-exported](policy) here.
+//! do it at all, [`unload`] removes the module, and [`unmanaged`] finds the VMs that it does not
+//! know. What a set of exits and a policy are is said in one place, the crate `exitpolicy_policy`,
+//! which the module compiles too; it is [re-exported](policy) here.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 #![deny(clippy::undocumented_unsafe_blocks)]
@@ -21,6 +21,7 @@ pub mod host;
 pub mod live;
 pub mod uapi;
 pub mod unload;
+pub mod unmanaged;
 
 pub use device::Device;
 pub use error::Error;

@@ -18,7 +18,9 @@ use exitpolicy::{
         Policy,
         Resolved, //
     },
+    Error, //
 };
+use rustix::io::Errno;
 
 /// What is known when a policy was just set.
 pub struct Situation {
@@ -252,6 +254,21 @@ pub fn vms_in_words(vms: &[u64], number: u64) -> String {
     }
     let ids: Vec<_> = vms.iter().map(ToString::to_string).collect();
     format!("{number} {noun} ({})", ids.join(", "))
+}
+
+/// The note that VMs which the module does not know cannot be seen.
+pub fn on_unmanaged_unknown(error: &Error) -> Note {
+    let todo = match error {
+        Error::Os {
+            errno: Errno::NOENT,
+            ..
+        } => "; mount it with 'mount -t debugfs none /sys/kernel/debug'",
+        _ => "",
+    };
+    note(
+        "unmanaged_unknown",
+        format!("{error}: VMs that the module does not know are not shown{todo}"),
+    )
 }
 
 /// The note that nothing is applied.

@@ -5,7 +5,8 @@
 
 use exitpolicy::{
     cgroup::Hierarchy,
-    device, doctor,
+    device,
+    doctor,
     explain::{
         Fate,
         Reason, //
@@ -20,6 +21,7 @@ use exitpolicy::{
         Policy,
         Resolved, //
     },
+    unmanaged::Unmanaged, //
 };
 use serde::{
     Serialize,
@@ -643,10 +645,57 @@ impl View for VmView {
 #[derive(Debug, Serialize)]
 pub struct VmListView {
     pub vms: Vec<VmView>,
+    /// Those that the module does not know; nothing if that cannot be seen.
+    pub unmanaged: Option<Vec<UnmanagedView>>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct UnmanagedView {
+    pub pid: Option<u32>,
+    pub fd: Option<u32>,
+    pub debugfs: Option<String>,
+    pub reason: &'static str,
+    /// For people.
+    pub explanation: String,
+}
+
+impl From<&Unmanaged> for UnmanagedView {
+    fn from(vm: &Unmanaged) -> Self {
+        Self {
+            pid: vm.pid,
+            fd: vm.place.map(|place| place.fd),
+            debugfs: vm.place.map(|place| place.to_string()),
+            reason: vm.reason.name(),
+            explanation: vm.reason.to_string(),
+        }
+    }
+}
+
+/// As in "pid 4711 (fd 12): no vCPU yet".
+impl fmt::Display for UnmanagedView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.pid {
+            Some(pid) => write!(f, "pid {pid}")?,
+            None => f.write_str("pid unknown")?,
+        }
+        match (self.pid, self.fd, &self.debugfs) {
+            (Some(_), Some(fd), _) => write!(f, " (fd {fd})")?,
+            (None, _, Some(debugfs)) => write!(f, " ({debugfs} in debugfs)")?,
+            _ => f.write_str(" (one of several VMs)")?,
+        }
+        write!(f, ": {}", self.explanation)
+    }
 }
 
 impl View for VmListView {
     fn text(&self) -> String {
+        let mut unmanaged = String::new();
+        for vm in self.unmanaged.iter().flatten() {
+            if unmanaged.is_empty() {
+                unmanaged += "\n";
+            }
+            unmanaged += &format!("unmanaged: {vm}\n");
+        }
         table(
             [
                 "ID",
@@ -674,7 +723,7 @@ impl View for VmListView {
                     vm.cgroup.to_string(),
                 ]
             }),
-        )
+        ) + &unmanaged
     }
 }
 

@@ -7,6 +7,8 @@ mod common;
 mod fake;
 #[path = "module/live.rs"]
 mod live;
+#[path = "module/unmanaged.rs"]
+mod unmanaged;
 
 use common::Run;
 use exitpolicy::uapi;
@@ -518,7 +520,7 @@ ID  PID  VCPUS  FLOOR  REQUESTED  EFFECTIVE  CLAMPED  OVERRIDE  STATE  CGROUP
     assert_data_eq!(
         quiet(fake.run("vm list -j")),
         str![[r#"
-{"schema_version":1,"vms":[{"id":1,"pid":4711,"vcpus":2,"cgroup":{"id":CHILD_ID,"path":"/CGROUP/child","removed":false},"floor":["pause"],"requested":["mwait","hlt"],"effective":["hlt","pause"],"clamped":["mwait"],"override":null,"refused":[],"refusal":null,"pending":0,"adopted":false,"vcpu_list":[]},{"id":12,"pid":4711,"vcpus":2,"cgroup":{"id":18446744073709551614,"path":null,"removed":true},"floor":["pause"],"requested":["mwait","hlt"],"effective":["hlt","pause"],"clamped":["mwait"],"override":null,"refused":[],"refusal":null,"pending":0,"adopted":false,"vcpu_list":[]}],"notes":[]}
+{"schema_version":1,"vms":[{"id":1,"pid":4711,"vcpus":2,"cgroup":{"id":CHILD_ID,"path":"/CGROUP/child","removed":false},"floor":["pause"],"requested":["mwait","hlt"],"effective":["hlt","pause"],"clamped":["mwait"],"override":null,"refused":[],"refusal":null,"pending":0,"adopted":false,"vcpu_list":[]},{"id":12,"pid":4711,"vcpus":2,"cgroup":{"id":18446744073709551614,"path":null,"removed":true},"floor":["pause"],"requested":["mwait","hlt"],"effective":["hlt","pause"],"clamped":["mwait"],"override":null,"refused":[],"refusal":null,"pending":0,"adopted":false,"vcpu_list":[]}],"unmanaged":[],"notes":[]}
 
 "#]]
         .raw()

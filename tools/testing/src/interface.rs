@@ -528,6 +528,22 @@ pub mod command {
         })
     }
 
+    /// The VMs that KVM has and the module does not know: the VMM of each, and the reason.
+    pub fn unmanaged() -> Result<Vec<(i32, String)>> {
+        let list = json(&["vm", "list"])?;
+        // It is null where it is not known.
+        let unmanaged = list["unmanaged"].as_array();
+        let unmanaged = unmanaged.with_context(|| format!("no unmanaged in {list}"))?;
+        unmanaged
+            .iter()
+            .map(|vm| {
+                let reason = vm["reason"].as_str();
+                let reason = reason.with_context(|| format!("no reason in {vm}"))?;
+                Ok((number(vm, "pid")?.try_into()?, reason.to_string()))
+            })
+            .collect()
+    }
+
     /// Sets a policy.
     pub fn set_policy(cgroup: &Cgroup, disable: Exits, allow: Exits) -> Result<()> {
         let path = cgroup.path();

@@ -13,6 +13,7 @@ use testing::{
     exits::Vendor,
     interface::{
         self,
+        command,
         ioctl,
         sysfs, //
     },
@@ -153,8 +154,15 @@ fn without_a_vcpu(vendor: Vendor, other: Exits) -> Result<()> {
     };
     let mut rig = Rig::new(vendor, &cgroup, make)?;
     modules::load(EXITPOLICY)?;
+    let unmanaged = command::unmanaged()?;
+    ensure!(
+        unmanaged == [(rig.vmm.pid(), "no_vcpu".to_string())],
+        "{unmanaged:?}"
+    );
     ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
     let vcpu = rig.vmm.create_vcpu(rig.vm, 0)?;
+    let unmanaged = command::unmanaged()?;
+    ensure!(unmanaged.is_empty(), "{unmanaged:?}");
     rig.vcpus.push(vcpu);
     let view = interface::only_vm()?;
     ensure!(
