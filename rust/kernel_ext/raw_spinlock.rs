@@ -54,9 +54,8 @@ unsafe impl lock::Backend for RawSpinLockBackend {
     }
 
     unsafe fn try_lock(ptr: *mut Self::State) -> Option<Self::GuardState> {
-        // SAFETY: The caller promises that the lock has been initialised.
         let mut flags = 0;
-        // SAFETY: As above.
+        // SAFETY: The caller promises that the lock has been initialised.
         unsafe { bindings::exitpolicy_raw_spin_trylock_irqsave(ptr, &mut flags) }.then_some(flags)
     }
 

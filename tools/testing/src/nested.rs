@@ -318,14 +318,14 @@ impl Setup {
     fn vmcb(&self) -> Vec<(usize, u64)> {
         const INTERCEPT_CPUID: u64 = 1 << (114 - 96);
         const INTERCEPT_HLT: u64 = 1 << (120 - 96);
-        const INTERCEPT_VMRUN: u64 = 1 << (128 - 128);
+        const INTERCEPT_VMRUN: u64 = 1; // 128, the first one of its word
         const SVME: u64 = 1 << 12;
         let hlt = if self.intercepts_hlt {
             INTERCEPT_HLT
         } else {
             0
         };
-        let segment = |selector: u64, attrib: u64| selector | attrib << 16 | 0xffff_ffff << 32;
+        let segment = |selector: u64, attrib: u64| selector | (attrib << 16) | (0xffff_ffff << 32);
         let table = |(_, limit): (u64, u16)| u64::from(limit) << 32;
         let (code, data) = (segment(CS, 0xa9b), segment(DATA, 0xc93));
         vec![
@@ -386,7 +386,7 @@ impl Setup {
         let exit = control(MSR_IA32_VMX_EXIT_CTLS, VM_EXIT_HOST_ADDR_SPACE_SIZE)?;
         let entry = control(MSR_IA32_VMX_ENTRY_CTLS, VM_ENTRY_IA32E_MODE)?;
 
-        let cr4 = self.cr4 | 1 << 13; // VMXE
+        let cr4 = self.cr4 | (1 << 13); // VMXE
         let vmexit = self.code + offset(&raw const exitpolicy_nested_vmexit);
         let mut fields = vec![
             (PIN_BASED_VM_EXEC_CONTROL, pin),

@@ -125,7 +125,7 @@ const CPUID1_ECX_VMX: u32 = 1 << 5;
 const CPUID8_1_ECX_SVM: u32 = 1 << 2;
 const MSR_IA32_FEAT_CTL: u32 = 0x3a;
 /// FEAT_CTL_LOCKED and FEAT_CTL_VMX_ENABLED_OUTSIDE_SMX.
-const FEAT_CTL_VMX: u64 = 1 << 0 | 1 << 2;
+const FEAT_CTL_VMX: u64 = (1 << 0) | (1 << 2);
 const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
 
 /// What a guest does in one run.

@@ -296,7 +296,7 @@ impl<'a> Torture<'a> {
         }
         if self.slow {
             // The guest has its turns on this one CPU while others sleep.
-            thread::sleep(Duration::from_micros(number >> 48 & 63));
+            thread::sleep(Duration::from_micros((number >> 48) & 63));
         }
         Ok(())
     }
