@@ -39,6 +39,26 @@ impl Limits {
         forbidden: Exits::NONE,
     };
 
+    /// A guest with encrypted registers (SEV-ES): an exit is the guest's to report, by #VC, and it
+    /// has been told which ones there are. HLT alone is KVM's to choose: what exits is the
+    /// instruction itself.
+    pub const ENCRYPTED: Self = Self {
+        fixed: FOLLOWING.union(Exits::MWAIT),
+        forbidden: Exits::NONE,
+    };
+
+    /// Nobody but KVM knows where the controls are.
+    pub const HIDDEN: Self = Self {
+        fixed: Exits::ALL,
+        forbidden: Exits::NONE,
+    };
+
+    /// The guest's spinlocks halt, and wait for a kick that does not end a native HLT.
+    pub const KICKED: Self = Self {
+        fixed: Exits::NONE,
+        forbidden: Exits::HLT,
+    };
+
     /// What a vCPU can be given of what it should have.
     pub fn target(self, wanted: Exits, in_force: Exits) -> Exits {
         (wanted & !self.forbidden & !self.fixed) | (in_force & self.fixed)
@@ -87,4 +107,33 @@ pub fn flags(
     // would have to clear again is of no use.
     let following = (now | (home & every_in_force)) & every_target & FOLLOWING;
     leading | following
+}
+
+/// An instruction that SVM intercepts: KVM's INTERCEPT_*.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Intercept {
+    Hlt,
+    /// HLT with no virtual interrupt pending.
+    IdleHlt,
+    Monitor,
+    Mwait,
+    Pause,
+}
+
+/// What the VMCB of a vCPU that lets `open` through intercepts, and what not.
+///
+/// With IDLE_HLT in the CPU, KVM sets that intercept and never the one for every HLT (svm.c:
+/// init_vmcb()).
+pub fn intercepts(open: Exits, has_idle_hlt: bool) -> [(Intercept, bool); 4] {
+    let hlt = if has_idle_hlt {
+        Intercept::IdleHlt
+    } else {
+        Intercept::Hlt
+    };
+    [
+        (hlt, !open.contains(Exits::HLT)),
+        (Intercept::Monitor, !open.contains(Exits::MWAIT)),
+        (Intercept::Mwait, !open.contains(Exits::MWAIT)),
+        (Intercept::Pause, !open.contains(Exits::PAUSE)),
+    ]
 }

@@ -14,7 +14,11 @@ use crate::{
     bindings,
     kvm,
     policy::{
-        live::Limits,
+        live::{
+            intercepts,
+            Intercept,
+            Limits, //
+        },
         Exits, //
     }, //
 };
@@ -75,14 +79,8 @@ impl Vendor for Svm {
     }
 
     fn limits(&self, vcpu: kvm::Vcpu<'_>) -> (Limits, Refusal) {
-        // With encrypted registers an exit is the guest's to report, by #VC; it has been told which
-        // ones there are. HLT alone is KVM's to choose: what exits is the instruction itself.
         if vcpu.vm().is_some_and(kvm::Vm::has_protected_state) {
-            let limits = Limits {
-                fixed: !Exits::HLT,
-                forbidden: Exits::NONE,
-            };
-            return (limits, Refusal::Protected);
+            return (Limits::ENCRYPTED, Refusal::Protected);
         }
         // No limit for PV_UNHALT: a kick makes the vCPU leave the guest, which ends a native HLT
         // (APM 15.9: RIP is past it in the VMCB, and there is no activity state). One that comes
@@ -104,10 +102,11 @@ impl Vendor for Svm {
         let control = unsafe { &raw mut (*(*svm).vmcb01.ptr).control };
         // The words that are written here are marked as dirty by what the hooked function does
         // next (svm_recalc_instruction_intercepts() changes one at least).
+        // SAFETY: As above.
+        let words = unsafe { &raw mut (*control).intercepts }.cast::<u32>();
         let intercept = |bit: u32, on: bool| {
             // SAFETY: As above; the bit is one of the intercepts', in words of 32.
             unsafe {
-                let words = (&raw mut (*control).intercepts).cast::<u32>();
                 let word = words.add((bit / 32) as usize);
                 let old = ptr::read(word);
                 let mask = 1 << (bit % 32);
@@ -116,26 +115,28 @@ impl Vendor for Svm {
             }
         };
 
-        // As init_vmcb() chooses; the other one is never set.
         // SAFETY: No requirements.
-        let hlt = if unsafe { bindings::exitpolicy_cpu_has_idle_hlt() } {
-            bindings::INTERCEPT_IDLE_HLT
-        } else {
-            bindings::INTERCEPT_HLT
-        };
-        intercept(hlt, !open.contains(Exits::HLT));
-        intercept(bindings::INTERCEPT_MONITOR, !open.contains(Exits::MWAIT));
-        intercept(bindings::INTERCEPT_MWAIT, !open.contains(Exits::MWAIT));
-        let pause_exits = !open.contains(Exits::PAUSE);
-        if !intercept(bindings::INTERCEPT_PAUSE, pause_exits) && pause_exits {
-            // As init_vmcb(): a vCPU that began without PAUSE exits has no filter. From here on
-            // KVM lets the window grow and shrink.
-            // SAFETY: As above.
-            unsafe {
-                (*control).pause_filter_count = PAUSE_FILTER_COUNT.load(Ordering::Relaxed) as u16;
+        let has_idle_hlt = unsafe { bindings::exitpolicy_cpu_has_idle_hlt() };
+        for (instruction, on) in intercepts(open, has_idle_hlt) {
+            let bit = match instruction {
+                Intercept::Hlt => bindings::INTERCEPT_HLT,
+                Intercept::IdleHlt => bindings::INTERCEPT_IDLE_HLT,
+                Intercept::Monitor => bindings::INTERCEPT_MONITOR,
+                Intercept::Mwait => bindings::INTERCEPT_MWAIT,
+                Intercept::Pause => bindings::INTERCEPT_PAUSE,
+            };
+            let was_on = intercept(bit, on);
+            if instruction == Intercept::Pause && on && !was_on {
+                // As init_vmcb(): a vCPU that began without PAUSE exits has no filter. From here on
+                // KVM lets the window grow and shrink.
+                let count = PAUSE_FILTER_COUNT.load(Ordering::Relaxed) as u16;
                 let thresh = PAUSE_FILTER_THRESH.load(Ordering::Relaxed) as u16;
-                if thresh != 0 {
-                    (*control).pause_filter_thresh = thresh;
+                // SAFETY: As above.
+                unsafe {
+                    (*control).pause_filter_count = count;
+                    if thresh != 0 {
+                        (*control).pause_filter_thresh = thresh;
+                    }
                 }
             }
         }

@@ -77,22 +77,13 @@ impl Vendor for Vmx {
         // SAFETY: No requirements.
         if unsafe { bindings::exitpolicy_on_hyperv() } {
             // KVM may use an enlightened VMCS, which is memory; whether it does is a secret of its.
-            let limits = Limits {
-                fixed: Exits::ALL,
-                forbidden: Exits::NONE,
-            };
-            return (limits, Refusal::HyperV);
+            return (Limits::HIDDEN, Refusal::HyperV);
         }
         if vcpu.knows_pv_unhalt() {
-            // The guest's spinlocks halt, and wait for a kick. A kick injects nothing, so that the
-            // VMCS of a vCPU that halts natively keeps its activity state, and the vCPU sleeps on.
+            // A kick injects nothing, so that the VMCS of a vCPU that halts natively keeps its activity state, and the vCPU sleeps on.
             // KVM, asked in time, would not have told the guest (cpuid.c:
             // kvm_apply_cpuid_pv_features_quirk()).
-            let limits = Limits {
-                fixed: Exits::NONE,
-                forbidden: Exits::HLT,
-            };
-            return (limits, Refusal::PvUnhalt);
+            return (Limits::KICKED, Refusal::PvUnhalt);
         }
         (Limits::NONE, Refusal::None)
     }

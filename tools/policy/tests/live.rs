@@ -6,8 +6,10 @@
 use exitpolicy_policy::{
     live::{
         flags,
+        intercepts,
         permitted,
         Change,
+        Intercept,
         Limits,
         FOLLOWING,
         LEADING, //
@@ -165,6 +167,45 @@ impl Vm {
 fn vm() -> impl Strategy<Value = Vm> {
     (exits(), exits(), exits())
         .prop_map(|(floor, requested, effective)| Vm::new(floor, requested, effective))
+}
+
+/// All sets.
+fn all() -> impl Iterator<Item = Exits> + Clone {
+    (0..=Exits::ALL.bits()).map(Exits::from_bits_truncate)
+}
+
+#[test]
+fn encrypted_guests_change_hlt_only() {
+    for (wanted, in_force) in all().flat_map(|set| all().map(move |other| (set, other))) {
+        let target = Limits::ENCRYPTED.target(wanted, in_force);
+        assert_eq!(target & Exits::HLT, wanted & Exits::HLT);
+        assert_eq!(target & !Exits::HLT, in_force & !Exits::HLT);
+        assert_eq!(Limits::HIDDEN.target(wanted, in_force), in_force);
+        let kicked = Limits::KICKED.target(wanted, in_force);
+        assert_eq!(kicked, wanted & !Exits::HLT);
+    }
+}
+
+/// As KVM's init_vmcb() makes a VMCB with the same flags.
+#[test]
+fn idle_hlt_stands_in_for_hlt() {
+    for (open, has_idle_hlt) in all().flat_map(|open| [(open, false), (open, true)]) {
+        let on = |which| {
+            let mut all = intercepts(open, has_idle_hlt).into_iter();
+            all.find(|(intercept, _)| *intercept == which)
+                .map(|(_, on)| on)
+        };
+        let (used, other) = if has_idle_hlt {
+            (Intercept::IdleHlt, Intercept::Hlt)
+        } else {
+            (Intercept::Hlt, Intercept::IdleHlt)
+        };
+        assert_eq!(on(used), Some(!open.contains(Exits::HLT)));
+        assert_eq!(on(other), None, "it is KVM's, and off");
+        assert_eq!(on(Intercept::Monitor), Some(!open.contains(Exits::MWAIT)));
+        assert_eq!(on(Intercept::Mwait), on(Intercept::Monitor));
+        assert_eq!(on(Intercept::Pause), Some(!open.contains(Exits::PAUSE)));
+    }
 }
 
 proptest! {

@@ -39,6 +39,7 @@ use crate::{
         ensure_complete,
         Action,
         Guest,
+        Irqchip,
         Report,
         Work, //
     }, //
@@ -122,9 +123,14 @@ impl Vmm {
         }
     }
 
-    /// KVM_CREATE_VM.
+    /// KVM_CREATE_VM, with all that KVM emulates of the interrupt controllers.
     pub fn create_vm(&mut self) -> Result<usize> {
-        match self.expect(&Request::CreateVm)? {
+        self.create_vm_with(Irqchip::Kernel)
+    }
+
+    /// KVM_CREATE_VM.
+    pub fn create_vm_with(&mut self, irqchip: Irqchip) -> Result<usize> {
+        match self.expect(&Request::CreateVm { irqchip })? {
             Answer::Number(vm) => Ok(vm),
             other => bail!("not an answer: {other:?}"),
         }

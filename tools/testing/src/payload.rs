@@ -508,7 +508,11 @@ core::arch::global_asm!(
     "push rdx",
     "lea rax, [rip + exitpolicy_guest_timer]",
     "cmp [rsp + 24], rax",
-    "jae 3f",
+    "jb 5f",
+    "lea rax, [rip + exitpolicy_guest_end]",
+    "cmp [rsp + 24], rax",
+    "jb 3f",
+    "5:",
     "inc dword ptr [rcx]",
     "mov ecx, 0x80b", // EOI
     "xor eax, eax",

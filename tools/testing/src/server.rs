@@ -68,6 +68,7 @@ use serde::{
 
 use crate::vmm::{
     Action,
+    Irqchip,
     Report,
     Vcpu,
     Vm,
@@ -79,7 +80,7 @@ use crate::vmm::{
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Request {
     /// KVM_CREATE_VM and what belongs to it. Answered by [`Answer::Number`].
-    CreateVm,
+    CreateVm { irqchip: Irqchip },
     /// KVM_CREATE_VM, and the memory of another VM. Answered by [`Answer::Number`].
     CreateTwin { vm: usize },
     /// The file of a VM's memory. Answered by [`Answer::Number`].
@@ -217,9 +218,9 @@ pub fn serve() -> Result<()> {
 impl Server {
     fn handle(&mut self, request: Request) -> Result<Answer> {
         match request {
-            Request::CreateVm => {
+            Request::CreateVm { irqchip } => {
                 self.created += 1;
-                self.vms.insert(self.created, Arc::new(Vm::new()?));
+                self.vms.insert(self.created, Arc::new(Vm::new(irqchip)?));
                 Ok(Answer::Number(self.created))
             }
             Request::CreateTwin { vm } => {

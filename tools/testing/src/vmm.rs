@@ -50,6 +50,7 @@ use kvm_bindings::{
     kvm_vcpu_events,
     CpuId,
     Msrs,
+    KVM_CAP_SPLIT_IRQCHIP,
     KVM_CAP_X86_DISABLE_EXITS,
     KVM_MAX_CPUID_ENTRIES,
     KVM_MP_STATE_RUNNABLE, //
@@ -106,14 +107,23 @@ const PD: usize = 0x5000;
 const CODE: usize = 0x8000;
 /// Where a vCPU begins after SIPI, as a page number.
 pub const SIPI_PAGE: usize = 0xd;
+/// A word that the SMI handler increments.
+const SMIS: usize = 0xe000;
 /// One page for each vCPU.
 const PARAMS: usize = 0x10000;
+/// The SMI handler, where it is after a reset; the page of a vCPU that gets none.
+const SMM: usize = 0x38000;
+/// KVM_CAP_MULTI_ADDRESS_SPACE: that of SMM.
+const SMM_ADDRESS_SPACE: u32 = 1;
 const PAGE: usize = 0x1000;
 /// The code of guests that have guests, and the first vCPU's pages for that.
 const NESTED_CODE: usize = 0x10_0000;
 const NESTED: usize = 0x10_1000;
 /// Where VMX on CPUs without unrestricted guests puts three pages of its own.
 const TSS: usize = 0xfffb_d000;
+
+/// Of an I/O APIC that the VMM would have.
+const IOAPIC_PINS: u64 = 24;
 
 /// CPUID leaf 1 ECX: MONITOR and MWAIT.
 const CPUID1_ECX_MWAIT: u32 = 1 << 3;
@@ -193,6 +203,17 @@ pub struct Report {
     pub stuck_at: Option<u64>,
 }
 
+/// Which interrupt controllers KVM emulates; the VMM has to do the others, and ours does not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Irqchip {
+    /// KVM_CREATE_IRQCHIP: all.
+    #[default]
+    Kernel,
+    /// KVM_CAP_SPLIT_IRQCHIP: the LAPICs.
+    Split,
+    None,
+}
+
 /// What a VMM does to a vCPU that does not run.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub enum Action {
@@ -204,6 +225,8 @@ pub enum Action {
     Nmi,
     /// KVM_SET_VCPU_EVENTS, with an exception to be injected.
     InjectException,
+    /// KVM_SMI.
+    Smi,
 }
 
 /// What makes a vCPU go on elsewhere.
@@ -320,6 +343,15 @@ impl Guest {
         unsafe { self.memory.params(index).read_volatile() }
     }
 
+    /// System management interrupts that the guest took.
+    pub fn smis(&self) -> u16 {
+        // SAFETY: Mapped and aligned; the guest's word is written at once.
+        unsafe {
+            let smis: *const u16 = self.memory.address.as_ptr().add(SMIS).cast();
+            smis.read_volatile()
+        }
+    }
+
     /// Lets the guest of a vCPU end `count` executions more than it was allowed so far.
     pub fn open_gate(&self, index: usize, count: u32) -> u32 {
         let params = self.memory.params(index);
@@ -361,6 +393,7 @@ pub struct Vm {
     fd: VmFd,
     memory: Arc<Memory>,
     cpuid: CpuId,
+    irqchip: Irqchip,
     /// Whether guests are told of KVM_FEATURE_PV_UNHALT.
     pv_unhalt: AtomicBool,
 }
@@ -368,33 +401,46 @@ pub struct Vm {
 impl Vm {
     /// KVM_CREATE_VM, the interrupt controllers and the memory; nothing that KVM does only before
     /// the first vCPU is left undone but KVM_ENABLE_CAP.
-    pub fn new() -> Result<Self> {
+    pub fn new(irqchip: Irqchip) -> Result<Self> {
         let memory = Memory::new()?;
         build_guest(&memory);
-        Self::with_memory(Arc::new(memory))
+        Self::with_memory(Arc::new(memory), irqchip)
     }
 
     /// Another one with the same memory, as after a migration.
     pub fn twin(&self) -> Result<Self> {
-        Self::with_memory(self.memory.clone())
+        Self::with_memory(self.memory.clone(), self.irqchip)
     }
 
-    fn with_memory(memory: Arc<Memory>) -> Result<Self> {
+    fn with_memory(memory: Arc<Memory>, irqchip: Irqchip) -> Result<Self> {
         let kvm = Kvm::new().context("cannot open /dev/kvm")?;
         let fd = kvm.create_vm().context("KVM_CREATE_VM")?;
         fd.set_tss_address(TSS).context("KVM_SET_TSS_ADDR")?;
-        fd.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
-        // SAFETY: `memory` is mapped for as long as `fd` is open.
-        unsafe {
-            fd.set_user_memory_region(kvm_userspace_memory_region {
-                slot: 0,
-                flags: 0,
-                guest_phys_addr: 0,
-                memory_size: MEMORY as u64,
-                userspace_addr: memory.address.as_ptr().addr() as u64,
-            })
+        match irqchip {
+            Irqchip::Kernel => fd.create_irq_chip().context("KVM_CREATE_IRQCHIP")?,
+            Irqchip::Split => {
+                let mut cap = kvm_enable_cap {
+                    cap: KVM_CAP_SPLIT_IRQCHIP,
+                    ..Default::default()
+                };
+                cap.args[0] = IOAPIC_PINS;
+                fd.enable_cap(&cap).context("KVM_CAP_SPLIT_IRQCHIP")?;
+            }
+            Irqchip::None => (),
         }
-        .context("KVM_SET_USER_MEMORY_REGION")?;
+        for slot in [0, SMM_ADDRESS_SPACE << 16] {
+            // SAFETY: `memory` is mapped for as long as `fd` is open.
+            unsafe {
+                fd.set_user_memory_region(kvm_userspace_memory_region {
+                    slot,
+                    flags: 0,
+                    guest_phys_addr: 0,
+                    memory_size: MEMORY as u64,
+                    userspace_addr: memory.address.as_ptr().addr() as u64,
+                })
+            }
+            .context("KVM_SET_USER_MEMORY_REGION")?;
+        }
         let mut cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .context("KVM_GET_SUPPORTED_CPUID")?;
@@ -410,6 +456,7 @@ impl Vm {
             fd,
             memory,
             cpuid,
+            irqchip,
             pv_unhalt: AtomicBool::new(true),
         })
     }
@@ -634,6 +681,7 @@ impl Vcpu {
             Action::SetCpuid => self.fd.set_cpuid2(&self.vm.cpuid()).map_err(from_kvm)?,
             Action::SetRunnable => self.set_runnable()?,
             Action::Nmi => self.fd.nmi().map_err(from_kvm)?,
+            Action::Smi => self.fd.smi().map_err(from_kvm)?,
             Action::InjectException => {
                 let mut events = self.fd.get_vcpu_events()?;
                 events.exception.injected = 1;
@@ -744,7 +792,9 @@ impl Vcpu {
         sregs.efer = (1 << 10) | (1 << 8); // LMA, LME
 
         // x2APIC mode, so that arming the timer is a WRMSR and no instruction for KVM to emulate.
-        sregs.apic_base |= 0xc00;
+        if self.vm.irqchip != Irqchip::None {
+            sregs.apic_base |= 0xc00;
+        }
         self.fd.set_sregs(&sregs).context("KVM_SET_SREGS")?;
 
         // A vCPU with another index than 0 waits for INIT and SIPI.
@@ -778,6 +828,8 @@ fn build_guest(memory: &Memory) {
     let code = payload::code();
     memory.write(CODE, code.bytes);
     memory.write(SIPI_PAGE * PAGE, code.sipi);
+    // In 16-bit mode: inc word ptr [SMIS]; rsm.
+    memory.write(SMM, &[0xff, 0x06, 0x00, (SMIS >> 8) as u8, 0x0f, 0xaa]);
     memory.write(NESTED_CODE, nested::code());
     for (vector, offset) in code.handlers {
         let handler = (CODE + offset) as u64;

@@ -26,6 +26,7 @@ use testing::{
     payload::Payload,
     vmm::{
         ensure_complete,
+        Irqchip,
         Report,
         Vm,
         Work, //
@@ -65,7 +66,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let vm = Arc::new(Vm::new()?);
+    let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
     vm.disable_exits(options.disable_exits.bits())
         .context("KVM_ENABLE_CAP(KVM_CAP_X86_DISABLE_EXITS)")?;
     if options.no_pv_unhalt {

@@ -27,6 +27,7 @@ use testing::{
     payload::Payload,
     vmm::{
         ensure_complete,
+        Irqchip,
         Vm,
         Work, //
     }, //
@@ -67,7 +68,7 @@ pub fn churn() -> Result<()> {
 
 /// One VM with one vCPU that does a little.
 fn one() -> Result<()> {
-    let vm = Arc::new(Vm::new()?);
+    let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
     let mut vcpu = vm.create_vcpu(0)?;
     let work = Work::new(Payload::Hlt, 3);
     let report = vcpu.run(work, &AtomicBool::new(false))?;

@@ -36,7 +36,11 @@ use testing::{
         self,
         Device, //
     },
-    vmm::Work, //
+    vmm::{
+        Irqchip,
+        Vm,
+        Work, //
+    }, //
 };
 
 use crate::{
@@ -146,7 +150,7 @@ fn leader_gone(vendor: Vendor) -> Result<()> {
             "the leader does not go"
         );
         new.add_process(group())?;
-        let vm = Arc::new(testing::vmm::Vm::new()?);
+        let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
         let _vcpu = vm.create_vcpu(0)?;
         let view = interface::only_vm()?;
         ensure!(

@@ -38,6 +38,7 @@ use testing::{
     },
     vmm::{
         Action,
+        Irqchip,
         Work, //
     }, //
 };
@@ -69,6 +70,11 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         })
         .ignored(!changeable.contains(exit))
     });
+    let irqchips = [("split", Irqchip::Split), ("no", Irqchip::None)].map(|(name, irqchip)| {
+        Test::new(format!("live::vmm::{name}_irqchip"), move || {
+            other_irqchip(vendor, irqchip)
+        })
+    });
     let mut tests = vec![
         Test::new("live::cgroup::moved_back_and_forth", move || moved(vendor)),
         Test::new("live::cgroup::stopped_vmm_moved", move || {
@@ -84,6 +90,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("live::vmm::64_vcpus", move || many_vcpus(vendor)),
         Test::new("live::vmm::cpuid_repeated", move || cpuid_repeated(vendor)),
     ];
+    tests.extend(irqchips);
     tests.extend(filtered);
     Ok(tests)
 }
@@ -383,6 +390,37 @@ fn hot_plug(vendor: Vendor) -> Result<()> {
     rig.end()
 }
 
+/// A VM whose VMM has interrupt controllers of its own, or should have.
+fn other_irqchip(vendor: Vendor, irqchip: Irqchip) -> Result<()> {
+    let all = changeable(vendor)?;
+    let floor = floor(vendor)?;
+    let cgroup = Cgroup::new("own")?;
+    let make = Make {
+        vcpus: 2,
+        irqchip,
+        ..Make::default()
+    };
+    let mut rig = Rig::new(vendor, &cgroup, make)?;
+    // Without a LAPIC, nothing would wake who sleeps.
+    let payloads = match irqchip {
+        Irqchip::None => &[Payload::Pause, Payload::Cstate, Payload::Aperfmperf][..],
+        _ => &Payload::EXITS,
+    };
+    for _ in 0..3 {
+        // All of them while it runs, those that are not looked at too.
+        rig.start(Payload::Timer)?;
+        rig.set(None, all)?;
+        rig.set(Some(1), Exits::NONE)?;
+        rig.reset(None)?;
+        rig.set(None, all)?;
+        rig.stop()?;
+        rig.check_some(payloads, floor | all)?;
+        rig.reset(None)?;
+        rig.check_some(payloads, floor)?;
+    }
+    rig.end()
+}
+
 /// A large VM, of which most vCPUs never ran and some sleep, changes in one call.
 fn many_vcpus(vendor: Vendor) -> Result<()> {
     const VCPUS: usize = 64;
@@ -450,6 +488,7 @@ fn cpuid_repeated(vendor: Vendor) -> Result<()> {
                 vcpus: 2,
                 requested,
                 pv_unhalt,
+                ..Make::default()
             };
             let mut rig = Rig::new(vendor, &cgroup, make)?;
             let repeat = |rig: &mut Rig, when: &str| -> Result<()> {

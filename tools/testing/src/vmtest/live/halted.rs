@@ -48,7 +48,7 @@ const ICR_FIXED: u32 = 0x4000 | TIMER_VECTOR as u32;
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     type Body = fn(&mut Rig) -> Result<()>;
-    let tests: [(&str, Body); 13] = [
+    let tests: [(&str, Body); 15] = [
         ("taken_then_timer", taken_then_timer),
         ("taken_then_ipi", taken_then_ipi),
         ("taken_and_given_then_ipi", taken_and_given_then_ipi),
@@ -63,6 +63,8 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         ("exception_then_taken", |rig| {
             event(rig, Action::InjectException, false)
         }),
+        ("taken_then_smi", |rig| event(rig, Action::Smi, true)),
+        ("smi_then_taken", |rig| event(rig, Action::Smi, false)),
         ("taken_then_init_sipi", |rig| init_sipi(rig, true)),
         ("taken_between_init_and_sipi", |rig| init_sipi(rig, false)),
         ("taken_then_migrated", migrated),
@@ -259,12 +261,13 @@ fn event(rig: &mut Rig, action: Action, take_first: bool) -> Result<()> {
     rig.vmm.go_on(sleeper)?;
     wait_for_end_of_halt(rig)?;
     let expected = match action {
-        Action::Nmi => (1, 0),
-        _ => (0, 1),
+        Action::Nmi => (1, 0, 0),
+        Action::Smi => (0, 0, 1),
+        _ => (0, 1, 0),
     };
     let taken = || {
         let params = rig.guest.params(SLEEPER);
-        (params.nmis, params.exceptions) == expected
+        (params.nmis, params.exceptions, rig.guest.smis()) == expected
     };
     rig.wait(taken)
         .with_context(|| format!("{:?}", rig.guest.params(SLEEPER)))?;

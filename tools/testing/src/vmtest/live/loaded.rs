@@ -72,6 +72,7 @@ fn adopted(vendor: Vendor, requested: Exits) -> Result<()> {
         requested,
         // KVM takes it out if HLT was asked for.
         pv_unhalt: requested.contains(Exits::HLT),
+        ..Make::default()
     };
     let mut rig = Rig::new(vendor, &cgroup, make)?;
     rig.start(Payload::Hlt)?;

@@ -47,6 +47,7 @@ use testing::{
     },
     vmm::{
         Guest,
+        Irqchip,
         Work, //
     },
     POLLS, //
@@ -149,13 +150,14 @@ struct Make {
     requested: Exits,
     /// Whether its guest is told of PV_UNHALT. On Intel, that is the end of changing `hlt`.
     pv_unhalt: bool,
+    irqchip: Irqchip,
 }
 
 impl Rig {
     fn new(vendor: Vendor, cgroup: &Cgroup, make: Make) -> Result<Self> {
         count_pauses(vendor)?;
         let mut vmm = Vmm::start(cgroup)?;
-        let vm = vmm.create_vm()?;
+        let vm = vmm.create_vm_with(make.irqchip)?;
         if !make.requested.is_empty() {
             vmm.disable_exits(vm, make.requested)?;
         }
@@ -292,7 +294,11 @@ impl Rig {
 
     /// Each payload on all vCPUs, which have `in_force`.
     fn check_each(&mut self, in_force: Exits) -> Result<()> {
-        for payload in Payload::EXITS {
+        self.check_some(&Payload::EXITS, in_force)
+    }
+
+    fn check_some(&mut self, payloads: &[Payload], in_force: Exits) -> Result<()> {
+        for payload in payloads.iter().copied() {
             if !supported(self.vendor)?.contains(payload.exit()) {
                 continue;
             }

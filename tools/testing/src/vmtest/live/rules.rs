@@ -306,6 +306,7 @@ fn hlt_from_the_start(vendor: Vendor) -> Result<()> {
             vcpus: 2,
             requested: if asked { Exits::HLT } else { Exits::NONE },
             pv_unhalt: true,
+            ..Make::default()
         };
         let mut rig = Rig::new(vendor, &cgroup, make)?;
         rig.start(Payload::Hlt)?;
