@@ -350,6 +350,7 @@ pub mod ioctl {
             vm,
             flags: if vcpu.is_some() { uapi::VM_VCPU } else { 0 },
             vcpu_id: vcpu.unwrap_or(0),
+            timeout_ms: uapi::MAX_TIMEOUT,
             ..Default::default()
         }
     }
@@ -362,6 +363,7 @@ pub mod ioctl {
             cgroup_fd: directory.as_raw_fd(),
             disable: disable.bits(),
             allow: allow.bits(),
+            timeout_ms: uapi::MAX_TIMEOUT,
             ..Default::default()
         };
         Device::open()?.policy(uapi::SET_POLICY, argument)?;
@@ -387,6 +389,7 @@ pub mod ioctl {
         let directory = cgroup.open()?;
         let argument = uapi::Policy {
             cgroup_fd: directory.as_raw_fd(),
+            timeout_ms: uapi::MAX_TIMEOUT,
             ..Default::default()
         };
         Device::open()?.policy(uapi::CLEAR_POLICY, argument)?;

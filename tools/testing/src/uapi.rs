@@ -64,7 +64,8 @@ pub const VCPU_IN_FORCE: u32 = 0;
 pub const VCPU_NEXT_ENTRY: u32 = 1;
 pub const VCPU_PENDING: u32 = 2;
 
-/// The longest that a command may wait, in ms.
+/// The longest that a command may wait, in ms. Most tests do: how long a second is, is for the
+/// emulator to say, and for who else uses the machine.
 pub const MAX_TIMEOUT: u32 = 60_000;
 
 macro_rules! argument {
@@ -232,6 +233,7 @@ impl Device {
     pub fn set_enabled(&self, enabled: bool) -> io::Result<()> {
         let argument = Enabled {
             enabled: enabled.into(),
+            timeout_ms: MAX_TIMEOUT,
             ..Default::default()
         };
         self.switch(argument).map(drop)
