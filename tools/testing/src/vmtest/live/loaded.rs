@@ -218,7 +218,14 @@ fn again_and_again(vendor: Vendor) -> Result<()> {
         for rig in &rigs {
             for index in 0..rig.vcpus.len() {
                 let before = rig.guest.params(index).executed;
-                rig.wait(|| rig.guest.params(index).executed > before + 3)?;
+                rig.wait(|| rig.guest.params(index).executed > before + 3)
+                    .with_context(|| {
+                        let params = rig.guest.params(index);
+                        format!(
+                            "round {round}: vCPU {index} of {}: {params:?}",
+                            rig.vmm.pid()
+                        )
+                    })?;
             }
         }
         modules::load(EXITPOLICY)?;
