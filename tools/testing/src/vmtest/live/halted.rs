@@ -48,23 +48,37 @@ const ICR_FIXED: u32 = 0x4000 | TIMER_VECTOR as u32;
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     type Body = fn(&mut Rig) -> Result<()>;
-    let tests: [(&str, Body); 15] = [
+    let tests: [(&str, Body); 17] = [
         ("taken_then_timer", taken_then_timer),
         ("taken_then_ipi", taken_then_ipi),
         ("taken_and_given_then_ipi", taken_and_given_then_ipi),
         ("given_while_blocked", given_while_blocked),
-        ("taken_then_runnable", |rig| runnable(rig, true)),
-        ("runnable_then_taken", |rig| runnable(rig, false)),
-        ("taken_then_nmi", |rig| event(rig, Action::Nmi, true)),
-        ("nmi_then_taken", |rig| event(rig, Action::Nmi, false)),
+        ("taken_in_guest_then_runnable", |rig| {
+            runnable(rig, Taken::InGuest)
+        }),
+        ("taken_then_runnable", |rig| runnable(rig, Taken::Before)),
+        ("runnable_then_taken", |rig| runnable(rig, Taken::After)),
+        ("taken_then_nmi", |rig| {
+            event(rig, Action::Nmi, Taken::Before)
+        }),
+        ("nmi_then_taken", |rig| {
+            event(rig, Action::Nmi, Taken::After)
+        }),
+        ("taken_in_guest_then_exception", |rig| {
+            event(rig, Action::InjectException, Taken::InGuest)
+        }),
         ("taken_then_exception", |rig| {
-            event(rig, Action::InjectException, true)
+            event(rig, Action::InjectException, Taken::Before)
         }),
         ("exception_then_taken", |rig| {
-            event(rig, Action::InjectException, false)
+            event(rig, Action::InjectException, Taken::After)
         }),
-        ("taken_then_smi", |rig| event(rig, Action::Smi, true)),
-        ("smi_then_taken", |rig| event(rig, Action::Smi, false)),
+        ("taken_then_smi", |rig| {
+            event(rig, Action::Smi, Taken::Before)
+        }),
+        ("smi_then_taken", |rig| {
+            event(rig, Action::Smi, Taken::After)
+        }),
         ("taken_then_init_sipi", |rig| init_sipi(rig, true)),
         ("taken_between_init_and_sipi", |rig| init_sipi(rig, false)),
         ("taken_then_migrated", migrated),
@@ -228,17 +242,41 @@ fn take_outside(rig: &Rig) -> Result<()> {
     Ok(())
 }
 
-/// A reset, as VMMs do it: the vCPU runs something else from now on.
-fn runnable(rig: &mut Rig, take_first: bool) -> Result<()> {
+/// When HLT is taken back from a vCPU that something happens to outside KVM_RUN.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Taken {
+    /// While it halts, so that KVM, which looks at its flags, repairs nothing later.
+    InGuest,
+    Before,
+    After,
+}
+
+/// Out of KVM_RUN, having halted natively, with HLT taken back in there or not.
+fn leave_with(rig: &mut Rig, taken: Taken) -> Result<()> {
     fall_asleep(rig, 0)?;
+    if taken == Taken::InGuest {
+        rig.reset(None)?;
+        let view = rig.settled()?;
+        ensure!(
+            !view.vcpu(SLEEPER as u32)?.in_force.contains(Exits::HLT),
+            "{view:?}"
+        );
+        return rig.vmm.leave(rig.vcpus[SLEEPER]).map(drop);
+    }
     leave(rig)?;
-    let sleeper = rig.vcpus[SLEEPER];
-    if take_first {
+    if taken == Taken::Before {
         take_outside(rig)?;
     }
+    Ok(())
+}
+
+/// A reset, as VMMs do it: the vCPU runs something else from now on.
+fn runnable(rig: &mut Rig, taken: Taken) -> Result<()> {
+    leave_with(rig, taken)?;
+    let sleeper = rig.vcpus[SLEEPER];
     rig.vmm.act(sleeper, Action::SetRunnable)?;
     rig.vmm.prepare(sleeper, one_halt(50_000))?;
-    if !take_first {
+    if taken == Taken::After {
         take_outside(rig)?;
     }
     rig.vmm.go_on(sleeper)?;
@@ -247,15 +285,11 @@ fn runnable(rig: &mut Rig, take_first: bool) -> Result<()> {
 }
 
 /// Something that ends any HLT, given by the VMM.
-fn event(rig: &mut Rig, action: Action, take_first: bool) -> Result<()> {
-    fall_asleep(rig, 0)?;
-    leave(rig)?;
+fn event(rig: &mut Rig, action: Action, taken: Taken) -> Result<()> {
+    leave_with(rig, taken)?;
     let sleeper = rig.vcpus[SLEEPER];
-    if take_first {
-        take_outside(rig)?;
-    }
     rig.vmm.act(sleeper, action)?;
-    if !take_first {
+    if taken == Taken::After {
         take_outside(rig)?;
     }
     rig.vmm.go_on(sleeper)?;
@@ -265,11 +299,11 @@ fn event(rig: &mut Rig, action: Action, take_first: bool) -> Result<()> {
         Action::Smi => (0, 0, 1),
         _ => (0, 1, 0),
     };
-    let taken = || {
+    let has_come = || {
         let params = rig.guest.params(SLEEPER);
         (params.nmis, params.exceptions, rig.guest.smis()) == expected
     };
-    rig.wait(taken)
+    rig.wait(has_come)
         .with_context(|| format!("{:?}", rig.guest.params(SLEEPER)))?;
     halts_on(rig, false)
 }
