@@ -256,9 +256,7 @@ impl Admin {
         let pending = how.wait.map_or(0, |limit| {
             self.engine.wait_for(stamp, limit, |_| self.watch_l2())
         });
-        if !self.engine.any_in_l2() {
-            self.stop_watching_l2();
-        }
+        self.stop_watching_idle_l2();
         self.set_quiet_flags();
         pending
     }
@@ -330,6 +328,20 @@ impl Admin {
         *l2 = hook(symbol, NestedVmexit(self.engine.clone())).ok();
         // One may have left before the hook was there.
         self.engine.ask_in_l2();
+    }
+
+    /// Removes the hook on the end of L2, unless a vCPU waits for that.
+    fn stop_watching_idle_l2(&self) {
+        let hook = {
+            let mut l2 = self.l2.lock();
+            // Under the lock: a vCPU is known to be in L2 before the hook is looked for.
+            if self.engine.any_in_l2() {
+                None
+            } else {
+                l2.take()
+            }
+        };
+        drop(hook);
     }
 
     /// Removes the hook on the end of L2.
@@ -412,7 +424,7 @@ impl Admin {
         if this.engine.any_in_l2() {
             this.watch_l2();
         } else {
-            this.stop_watching_l2();
+            this.stop_watching_idle_l2();
         }
     }
 
