@@ -26,6 +26,7 @@ On a host:
 Without one, in emulated hosts (needs root, and Debian 12 or 13):
   make demo             see what it does
   make test             run all tests
+  make test-debug       run them in a kernel that looks for mistakes (hours)
   make lab-build        build module and command for the emulated hosts
   make lab              set the emulated hosts up, and nothing else
 
@@ -34,7 +35,7 @@ For developers:
   make clean            remove what was built here
 endef
 
-.PHONY: all module command man tests lab lab-build demo test check install uninstall clean help
+.PHONY: all module command man tests lab lab-build demo test test-debug check install uninstall clean help
 all: module command man
 
 help:
@@ -85,6 +86,15 @@ demo: lab-build
 
 test: lab-build
 	tools/testing/run
+
+# The module for a kernel that the lab has built itself, with clang.
+lab-module-%:
+	tools/lab/setup --kernel $*
+	tools/lab/enter make --no-print-directory BUILD=build/lab-$* LLVM=-19 \
+		KDIR="$$(tools/lab/setup --print kdir --kernel $*)" module
+
+test-debug: lab-build lab-module-debug
+	tools/testing/run --kernel debug
 
 check: lab-build
 	tools/lab/enter tools/check "$$(tools/lab/setup --print kdir)"

@@ -549,7 +549,7 @@ fn msr_filter(vendor: Vendor, payload: Payload, deny: (u32, u32), denied: u32) -
         rig.step(&[0, 1], count)?;
         let faults = rig.guest.params(0).gp;
         let counter = rig.counter()?;
-        let check = |rig: &Rig, exits: u32, what: &str| -> Result<()> {
+        let check = |rig: &mut Rig, exits: u32, what: &str| -> Result<()> {
             let before = [0, 1].map(|index| rig.guest.params(index).gp);
             let windows = rig.window(&counter, payload)?;
             for index in 0..2 {
@@ -565,18 +565,18 @@ fn msr_filter(vendor: Vendor, payload: Payload, deny: (u32, u32), denied: u32) -
         };
         if filter_first {
             rig.vmm.deny_msr_reads(rig.vm, deny.0, deny.1)?;
-            check(&rig, count, "filtered")?;
+            check(&mut rig, count, "filtered")?;
             rig.set(None, payload.exit())?;
         } else {
             rig.set(None, payload.exit())?;
             rig.vmm.deny_msr_reads(rig.vm, deny.0, deny.1)?;
         }
-        check(&rig, denied, "passed through")?;
+        check(&mut rig, denied, "passed through")?;
         for round in 0..5 {
             rig.reset(None)?;
-            check(&rig, count, &format!("round {round}: taken back"))?;
+            check(&mut rig, count, &format!("round {round}: taken back"))?;
             rig.set(None, payload.exit())?;
-            check(&rig, denied, &format!("round {round}: given"))?;
+            check(&mut rig, denied, &format!("round {round}: given"))?;
         }
         drop(counter);
         rig.stop()?;

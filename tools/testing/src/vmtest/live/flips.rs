@@ -152,19 +152,19 @@ fn by_policy(vendor: Vendor, payload: Payload) -> Result<()> {
     let mut rig = Rig::pair(vendor, &cgroup)?;
     rig.start(payload)?;
     let counter = rig.counter()?;
-    let check = |rig: &Rig, passes: bool| -> Result<()> {
+    let check = |rig: &mut Rig, passes: bool| -> Result<()> {
         rig.ensure_settled()?;
         rig.check_all(&counter, payload, passes)
     };
-    check(&rig, false)?;
+    check(&mut rig, false)?;
     ioctl::set_policy(&above, exit, Exits::ALL)?;
-    check(&rig, true).context("inherited")?;
+    check(&mut rig, true).context("inherited")?;
     ioctl::set_policy(&cgroup, Exits::NONE, Exits::ALL)?;
-    check(&rig, false).context("own policy")?;
+    check(&mut rig, false).context("own policy")?;
     ioctl::clear_policy(&cgroup)?;
-    check(&rig, true).context("inherited again")?;
+    check(&mut rig, true).context("inherited again")?;
     ioctl::set_policy(&above, exit, !exit)?;
-    check(&rig, false).context("not allowed")?;
+    check(&mut rig, false).context("not allowed")?;
 
     // For new VMs only: this one stays as it is.
     let directory = above.open()?;
@@ -176,7 +176,7 @@ fn by_policy(vendor: Vendor, payload: Payload) -> Result<()> {
     };
     let device = Device::open()?;
     device.policy(uapi::SET_POLICY, argument)?;
-    check(&rig, false).context("for new VMs only")?;
+    check(&mut rig, false).context("for new VMs only")?;
     let mut younger = Rig::pair(vendor, &cgroup)?;
     let view = younger.view()?;
     ensure!(view.effective.contains(exit), "{view:?}");
@@ -184,16 +184,16 @@ fn by_policy(vendor: Vendor, payload: Payload) -> Result<()> {
     younger.vmm.kill()?;
 
     ioctl::set_policy(&above, exit, Exits::ALL)?;
-    check(&rig, true).context("allowed")?;
+    check(&mut rig, true).context("allowed")?;
     let argument = uapi::Policy {
         flags: uapi::NEW_ONLY,
         ..argument
     };
     device.policy(uapi::CLEAR_POLICY, argument)?;
-    check(&rig, true).context("cleared for new VMs only")?;
+    check(&mut rig, true).context("cleared for new VMs only")?;
     // It is asked again when there is something to ask.
     ioctl::set_policy(&cgroup, Exits::NONE, Exits::ALL)?;
-    check(&rig, false).context("nothing left to inherit")?;
+    check(&mut rig, false).context("nothing left to inherit")?;
     drop(counter);
     rig.stop()?;
     rig.end()

@@ -215,17 +215,11 @@ fn again_and_again(vendor: Vendor) -> Result<()> {
             );
         }
         modules::unload(EXITPOLICY).with_context(|| format!("round {round}"))?;
-        for rig in &rigs {
+        for rig in &mut rigs {
             for index in 0..rig.vcpus.len() {
-                let before = rig.guest.params(index).executed;
-                rig.wait(|| rig.guest.params(index).executed > before + 3)
-                    .with_context(|| {
-                        let params = rig.guest.params(index);
-                        format!(
-                            "round {round}: vCPU {index} of {}: {params:?}",
-                            rig.vmm.pid()
-                        )
-                    })?;
+                let goal = rig.guest.params(index).executed + 4;
+                rig.wait_executed(index, goal)
+                    .with_context(|| format!("round {round}"))?;
             }
         }
         modules::load(EXITPOLICY)?;

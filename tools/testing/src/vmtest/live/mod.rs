@@ -234,19 +234,29 @@ impl Rig {
     }
 
     /// Lets these vCPUs execute `count` times, and waits until they have.
-    fn step(&self, vcpus: &[usize], count: u32) -> Result<()> {
+    fn step(&mut self, vcpus: &[usize], count: u32) -> Result<()> {
         let goals: Vec<(usize, u32)> = vcpus
             .iter()
             .map(|index| (*index, self.guest.open_gate(*index, count)))
             .collect();
         for (index, goal) in goals {
-            self.wait(|| self.guest.params(index).executed >= goal)
-                .with_context(|| {
-                    let params = self.guest.params(index);
-                    format!("vCPU {index}, which should get to {goal}: {params:?}")
-                })?;
+            self.wait_executed(index, goal)?;
         }
         Ok(())
+    }
+
+    /// Waits until a vCPU has executed so many times.
+    fn wait_executed(&mut self, index: usize, goal: u32) -> Result<()> {
+        let moved = self.wait(|| self.guest.params(index).executed >= goal);
+        if moved.is_err() && self.vmm.ended(self.vcpus[index])? {
+            // What KVM_RUN said tells more than that nothing moves.
+            let report = self.vmm.wait(self.vcpus[index]);
+            bail!("vCPU {index} runs no more: {report:?}");
+        }
+        moved.with_context(|| {
+            let (pid, params) = (self.vmm.pid(), self.guest.params(index));
+            format!("vCPU {index} of {pid}, which should get to {goal}: {params:?}")
+        })
     }
 
     /// Begins to count the exits of each vCPU.
@@ -256,7 +266,7 @@ impl Rig {
     }
 
     /// The exits that `few` executions cost each vCPU.
-    fn window(&self, counter: &Counter, payload: Payload) -> Result<Vec<Counts>> {
+    fn window(&mut self, counter: &Counter, payload: Payload) -> Result<Vec<Counts>> {
         let all: Vec<usize> = (0..self.vcpus.len()).collect();
         let before = counter.read()?;
         self.step(&all, few(payload))?;
@@ -266,7 +276,7 @@ impl Rig {
     }
 
     /// Fails unless every vCPU's executions exit, or do not, as `passes` says of each.
-    fn check(&self, counter: &Counter, payload: Payload, passes: &[bool]) -> Result<()> {
+    fn check(&mut self, counter: &Counter, payload: Payload, passes: &[bool]) -> Result<()> {
         let windows = self.window(counter, payload)?;
         let count = u64::from(few(payload));
         for (index, (window, passes)) in windows.iter().zip(passes).enumerate() {
@@ -288,7 +298,7 @@ impl Rig {
     }
 
     /// The same for all vCPUs alike.
-    fn check_all(&self, counter: &Counter, payload: Payload, passes: bool) -> Result<()> {
+    fn check_all(&mut self, counter: &Counter, payload: Payload, passes: bool) -> Result<()> {
         self.check(counter, payload, &vec![passes; self.vcpus.len()])
     }
 

@@ -169,7 +169,7 @@ impl Nested {
     }
 
     /// Fails unless L2's HLTs cost so many exits each.
-    fn check(&self, counter: &Counter, exits_each: u64) -> Result<()> {
+    fn check(&mut self, counter: &Counter, exits_each: u64) -> Result<()> {
         let before = counter.read()?;
         self.rig
             .step(&[0], few(Payload::Hlt))
@@ -242,7 +242,7 @@ impl Nested {
     }
 
     /// L2 goes on with HLTs that its timer ends, each with so many exits.
-    fn halt_on(self, counter: Counter, exits_each: u64) -> Result<()> {
+    fn halt_on(mut self, counter: Counter, exits_each: u64) -> Result<()> {
         self.rig
             .guest
             .set_ticks(0, Work::gated(Payload::L2Hlt).ticks);
@@ -318,7 +318,7 @@ fn l2_halts(vendor: Vendor, changes: u32) -> Result<()> {
 /// Each of L2's HLTs exits, whatever L1 has, and L1 halts in its place, with an exit or without.
 fn l1_intercepts_hlt(vendor: Vendor, changes: u32) -> Result<()> {
     let cgroup = Cgroup::new("own")?;
-    let nested = Nested::start(vendor, &cgroup, Payload::L2HltIntercepted)?;
+    let mut nested = Nested::start(vendor, &cgroup, Payload::L2HltIntercepted)?;
     let counter = nested.rig.counter()?;
     nested.check(&counter, 2)?;
     for change in 0..changes {
@@ -345,7 +345,7 @@ fn l1_intercepts_hlt(vendor: Vendor, changes: u32) -> Result<()> {
 /// vCPU in L2 or not.
 fn l2_leaves_on_and_on(vendor: Vendor, changes: u32) -> Result<()> {
     let cgroup = Cgroup::new("own")?;
-    let nested = Nested::start(vendor, &cgroup, Payload::L2Hlt)?;
+    let mut nested = Nested::start(vendor, &cgroup, Payload::L2Hlt)?;
     nested.rig.guest.set_l2(0, u32::MAX, u32::MAX);
     let counter = nested.rig.counter()?;
     for change in 0..changes {

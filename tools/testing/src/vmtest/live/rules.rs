@@ -240,54 +240,54 @@ fn interfaces(vendor: Vendor, other: Exits) -> Result<()> {
     let id = rig.id.to_string();
     rig.start(Payload::Hlt)?;
     let counter = rig.counter()?;
-    let check = |rig: &Rig, passes: [bool; 2], what: &str| -> Result<VmView> {
+    let check = |rig: &mut Rig, passes: [bool; 2], what: &str| -> Result<VmView> {
         rig.check(&counter, Payload::Hlt, &passes)
             .context(what.to_string())?;
         rig.settled()?;
         interface::only_vm().context(what.to_string())
     };
     sysfs::set_override(rig.id, None, Some(Exits::HLT | other))?;
-    let view = check(&rig, [true, true], "the VM by sysfs")?;
+    let view = check(&mut rig, [true, true], "the VM by sysfs")?;
     ensure!(view.effective == floor | Exits::HLT | other, "{view:?}");
     sysfs::set_override(rig.id, Some(1), Some(Exits::NONE))?;
-    check(&rig, [true, false], "a vCPU by sysfs")?;
+    check(&mut rig, [true, false], "a vCPU by sysfs")?;
     sysfs::set_override(rig.id, Some(1), None)?;
-    check(&rig, [true, true], "a vCPU inherits, by sysfs")?;
+    check(&mut rig, [true, true], "a vCPU inherits, by sysfs")?;
     sysfs::set_override(rig.id, None, None)?;
-    let view = check(&rig, [false, false], "the VM inherits, by sysfs")?;
+    let view = check(&mut rig, [false, false], "the VM inherits, by sysfs")?;
     ensure!(view.effective == floor, "{view:?}");
 
     command::text(&["vm", "set", &id, "--disable", "hlt"])?;
-    check(&rig, [true, true], "the VM by the command")?;
+    check(&mut rig, [true, true], "the VM by the command")?;
     command::text(&["vm", "set", &id, "--vcpu", "0", "--disable", "none"])?;
-    check(&rig, [false, true], "a vCPU by the command")?;
+    check(&mut rig, [false, true], "a vCPU by the command")?;
     command::text(&["vm", "reset", &id, "--vcpu", "0"])?;
-    check(&rig, [true, true], "a vCPU is reset, by the command")?;
+    check(&mut rig, [true, true], "a vCPU is reset, by the command")?;
     command::text(&["vm", "reset", &id])?;
-    check(&rig, [false, false], "the VM is reset, by the command")?;
+    check(&mut rig, [false, false], "the VM is reset, by the command")?;
 
     sysfs::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
-    check(&rig, [true, true], "a policy by sysfs")?;
+    check(&mut rig, [true, true], "a policy by sysfs")?;
     let directory = sysfs::policy_directory(&cgroup)?;
     std::fs::write(directory.join("allow"), "none")?;
-    check(&rig, [false, false], "allow by sysfs")?;
+    check(&mut rig, [false, false], "allow by sysfs")?;
     command::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
-    check(&rig, [true, true], "a policy by the command")?;
+    check(&mut rig, [true, true], "a policy by the command")?;
     let top = std::path::Path::new(interface::SYSFS);
     std::fs::write(top.join("enabled"), "0")?;
-    check(&rig, [false, false], "off by sysfs")?;
+    check(&mut rig, [false, false], "off by sysfs")?;
     command::text(&["on"])?;
-    check(&rig, [true, true], "on by the command")?;
+    check(&mut rig, [true, true], "on by the command")?;
     command::text(&["off"])?;
-    check(&rig, [false, false], "off by the command")?;
+    check(&mut rig, [false, false], "off by the command")?;
     std::fs::write(top.join("enabled"), "1")?;
-    check(&rig, [true, true], "on by sysfs")?;
+    check(&mut rig, [true, true], "on by sysfs")?;
     std::fs::write(top.join("detach"), cgroup.path())?;
-    check(&rig, [false, false], "detached by sysfs")?;
+    check(&mut rig, [false, false], "detached by sysfs")?;
     command::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
-    check(&rig, [true, true], "attached by the command")?;
+    check(&mut rig, [true, true], "attached by the command")?;
     command::text(&["policy", "clear", &cgroup.path()])?;
-    check(&rig, [false, false], "cleared by the command")?;
+    check(&mut rig, [false, false], "cleared by the command")?;
     drop(counter);
     rig.stop()?;
     rig.end()
