@@ -277,23 +277,21 @@ unsigned long exitpolicy_find_function(const char *symbol)
 	return address;
 }
 
-static void (*no_set_intercept_for_msr)(struct kvm_vcpu *vcpu, u32 msr, int type,
-					bool set);
-static void (*no_switch_to_sw_timer)(struct kvm_vcpu *vcpu);
-
-DEFINE_STATIC_CALL_NULL(set_intercept_for_msr, *no_set_intercept_for_msr);
-DEFINE_STATIC_CALL_NULL(switch_to_sw_timer, *no_switch_to_sw_timer);
+/* For their types only: KVM does not export them. */
+static_assert(__same_type(svm_set_intercept_for_msr, vmx_set_intercept_for_msr));
+DEFINE_STATIC_CALL_NULL(set_intercept_for_msr, svm_set_intercept_for_msr);
+DEFINE_STATIC_CALL_NULL(switch_to_sw_timer, kvm_lapic_switch_to_sw_timer);
 
 void exitpolicy_use_set_intercept_for_msr(unsigned long function)
 {
 	static_call_update(set_intercept_for_msr,
-			   (typeof(no_set_intercept_for_msr))function);
+			   (typeof(&svm_set_intercept_for_msr))function);
 }
 
 void exitpolicy_use_switch_to_sw_timer(unsigned long function)
 {
 	static_call_update(switch_to_sw_timer,
-			   (typeof(no_switch_to_sw_timer))function);
+			   (typeof(&kvm_lapic_switch_to_sw_timer))function);
 }
 
 void exitpolicy_set_intercept_for_msr(struct kvm_vcpu *vcpu, u32 msr,

@@ -279,6 +279,16 @@ impl Vmm {
         self.expect(&Request::Act { vcpu, action }).map(drop)
     }
 
+    /// Takes a vCPU that runs in the background out of KVM_RUN, and says where its guest was.
+    pub fn look_at(&mut self, vcpu: Thread) -> Result<String> {
+        self.leave(vcpu)?;
+        let vcpu = vcpu.number;
+        match self.expect(&Request::Describe { vcpu })? {
+            Answer::Text(text) => Ok(text),
+            other => bail!("not an answer: {other:?}"),
+        }
+    }
+
     /// Makes a vCPU begin some work when it runs.
     pub fn prepare(&mut self, vcpu: Thread, work: Work) -> Result<()> {
         let vcpu = vcpu.number;

@@ -123,6 +123,8 @@ pub enum Request {
     Act { vcpu: usize, action: Action },
     /// Makes a vCPU begin some work when it runs.
     Prepare { vcpu: usize, work: Work },
+    /// Where a vCPU is that does not run. Answered by [`Answer::Text`].
+    Describe { vcpu: usize },
     /// Makes one vCPU go on where another one was; both do not run.
     Migrate { from: usize, to: usize },
     /// Closes a VM and its vCPUs.
@@ -145,6 +147,7 @@ pub enum Answer {
     /// The errno of each KVM_CREATE_VCPU, or 0.
     Outcomes(Vec<i32>),
     Report(Report),
+    Text(String),
     Fork {
         child: i32,
         create_vcpu: i32,
@@ -283,6 +286,7 @@ impl Server {
                 self.with_vcpu(vcpu, move |vcpu| vcpu.prepare(work))?;
                 Ok(Answer::Done)
             }
+            Request::Describe { vcpu } => Ok(Answer::Text(self.with_vcpu(vcpu, Vcpu::describe)?)),
             Request::Migrate { from, to } => {
                 let state = self.with_vcpu(from, Vcpu::save)?;
                 self.with_vcpu(to, move |vcpu| vcpu.restore(&state))?;

@@ -13,10 +13,13 @@ use std::{
     },
     io,
     num::NonZero,
-    os::fd::{
-        AsFd,
-        AsRawFd,
-        RawFd, //
+    os::{
+        fd::{
+            AsFd,
+            AsRawFd,
+            RawFd, //
+        },
+        unix::fs::FileExt, //
     },
     ptr::{
         self,
@@ -702,6 +705,45 @@ impl Vcpu {
             events: self.fd.get_vcpu_events()?,
             mp_state: self.fd.get_mp_state()?,
         })
+    }
+
+    /// Where the guest is, and what it could be woken by, for people.
+    pub fn describe(&mut self) -> Result<String> {
+        let State {
+            regs,
+            lapic,
+            events,
+            mp_state,
+            ..
+        } = self.save()?;
+        let apic = |at: usize| {
+            let bytes: Vec<u8> = lapic.regs[at..at + 4].iter().map(|c| *c as u8).collect();
+            u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+        };
+        let vectors = |at: usize| -> Vec<u32> {
+            let set = |vector: &u32| {
+                apic(at + (*vector as usize / 32) * 0x10) & 1 << (vector % 32) != 0
+            };
+            (0..256).filter(set).collect()
+        };
+        // What it has just executed, and what comes next; the guest's addresses are physical ones.
+        let mut code = [0; 4];
+        let at = regs.rip.saturating_sub(2);
+        self.vm.memory.file.read_at(&mut code, at)?;
+        Ok(format!(
+            "rip {:#x} (from {at:#x} on {code:02x?}), rflags {:#x}, shadow {}, injected {} of {}, {mp_state:?}, \
+             requested {:?}, in service {:?}, timer {:#x} at {} of {}",
+            regs.rip,
+            regs.rflags,
+            events.interrupt.shadow,
+            events.interrupt.injected,
+            events.interrupt.nr,
+            vectors(0x200),
+            vectors(0x100),
+            apic(0x320),
+            apic(0x390),
+            apic(0x380),
+        ))
     }
 
     /// Makes the vCPU go on where another one was. Their ids must be the same, and the memory.

@@ -248,14 +248,18 @@ impl Rig {
     /// Waits until a vCPU has executed so many times.
     fn wait_executed(&mut self, index: usize, goal: u32) -> Result<()> {
         let moved = self.wait(|| self.guest.params(index).executed >= goal);
-        if moved.is_err() && self.vmm.ended(self.vcpus[index])? {
-            // What KVM_RUN said tells more than that nothing moves.
-            let report = self.vmm.wait(self.vcpus[index]);
-            bail!("vCPU {index} runs no more: {report:?}");
+        if moved.is_ok() {
+            return Ok(());
         }
+        let (vcpu, params) = (self.vcpus[index], self.guest.params(index));
+        let state = if self.vmm.ended(vcpu)? {
+            // What KVM_RUN said tells more than that nothing moves.
+            format!("it runs no more: {:?}", self.vmm.wait(vcpu))
+        } else {
+            format!("{:?}", self.vmm.look_at(vcpu))
+        };
         moved.with_context(|| {
-            let (pid, params) = (self.vmm.pid(), self.guest.params(index));
-            format!("vCPU {index} of {pid}, which should get to {goal}: {params:?}")
+            format!("vCPU {index}, which should get to {goal}: {params:?}; {state}")
         })
     }
 
