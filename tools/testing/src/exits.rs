@@ -7,8 +7,14 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
-    io::ErrorKind,
+    fs::{
+        self,
+        OpenOptions, //
+    },
+    io::{
+        ErrorKind,
+        Write, //
+    },
     path::{
         Path,
         PathBuf, //
@@ -181,6 +187,54 @@ impl Drop for Histogram {
         let _ = fs::remove_dir(&self.instance);
         DEPTH.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// Counts calls of a function of the kernel's, by thread.
+pub struct Calls {
+    // Dropped before its event goes.
+    histogram: Option<Histogram>,
+    name: String,
+}
+
+impl Calls {
+    /// Begins to count those by some threads.
+    pub fn of(function: &str, tids: &[i32]) -> Result<Self> {
+        let name = format!("exitpolicy_test_{function}");
+        add_kprobe(&format!("p:kprobes/{name} {function}"))?;
+        let mut calls = Self {
+            histogram: None,
+            name,
+        };
+        let mine: Vec<String> = tids
+            .iter()
+            .map(|tid| format!("common_pid=={tid}"))
+            .collect();
+        let event = format!("kprobes/{}", calls.name);
+        calls.histogram = Some(Histogram::start(&event, &["common_pid"], &mine.join("||"))?);
+        Ok(calls)
+    }
+
+    /// Calls by one thread so far.
+    pub fn by(&self, tid: i32) -> Result<u64> {
+        let all = self.histogram.as_ref().context("no histogram")?.read()?;
+        Ok(all.get(&vec![tid as u64]).copied().unwrap_or(0))
+    }
+}
+
+impl Drop for Calls {
+    fn drop(&mut self) {
+        self.histogram = None;
+        // One that stays is what the next one fails for.
+        let _ = add_kprobe(&format!("-:kprobes/{}", self.name));
+    }
+}
+
+/// Adds or removes an event.
+fn add_kprobe(definition: &str) -> Result<()> {
+    let path = Path::new(TRACEFS).join("kprobe_events");
+    let mut file = OpenOptions::new().append(true).open(path)?;
+    file.write_all(definition.as_bytes())
+        .with_context(|| format!("tracefs does not take '{definition}'"))
 }
 
 fn parse(keys: &[&str], histogram: &str) -> Result<BTreeMap<Vec<u64>, u64>> {

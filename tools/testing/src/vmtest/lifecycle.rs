@@ -221,7 +221,7 @@ fn no_sysfs() -> Result<()> {
 }
 
 /// There is nothing of the module.
-fn nothing_hooked() -> Result<()> {
+pub fn nothing_hooked() -> Result<()> {
     let hooked = crate::tracing::hooked_functions()?;
     ensure!(hooked.is_empty(), "hooks are left: {hooked:?}");
     ensure!(!modules::is_loaded(EXITPOLICY)?, "the module is loaded");
