@@ -121,3 +121,32 @@ impl kernel::fmt::Display for Hex<'_> {
             .try_for_each(|byte| f.write_fmt(fmt!("{:02x}", byte)))
     }
 }
+
+#[kunit_tests(exitpolicy_build_id)]
+mod tests {
+    use super::*;
+
+    /// A note of another kind, then a GNU build id of four bytes.
+    const NOTES: &[u8] = b"\x06\0\0\0\x02\0\0\0\x01\x01\0\0Linux\0\0\0\xaa\xbb\0\0\
+                           \x04\0\0\0\x04\0\0\0\x03\0\0\0GNU\0\x12\x34\x56\x78";
+
+    #[test]
+    fn found_behind_others() {
+        assert_eq!(gnu_build_id(NOTES), Some(&b"\x12\x34\x56\x78"[..]));
+    }
+
+    #[test]
+    fn cut_off() {
+        for length in 0..NOTES.len() {
+            assert!(gnu_build_id(&NOTES[..length]).is_none());
+        }
+    }
+
+    #[test]
+    fn absurd_sizes() {
+        let mut notes = [0xff; 16];
+        assert!(gnu_build_id(&notes).is_none());
+        notes[..4].fill(0);
+        assert!(gnu_build_id(&notes).is_none());
+    }
+}

@@ -23,8 +23,8 @@ impl ModuleRef {
     pub(crate) fn get(module: &'static ThisModule) -> Option<Self> {
         // SAFETY: A module that has this exists.
         let got = unsafe { bindings::try_module_get(module.as_ptr()) };
-        // INVARIANT: Just got.
-        got.then_some(Self(module))
+        // INVARIANT: Just got. Not made before that is known: dropping it puts the reference.
+        got.then(|| Self(module))
     }
 }
 

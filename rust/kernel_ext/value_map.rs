@@ -115,3 +115,48 @@ impl PinnedDrop for ValueMap {
         unsafe { bindings::xa_destroy(self.xa.get()) };
     }
 }
+
+#[kunit_tests(exitpolicy_value_map)]
+mod tests {
+    use super::*;
+
+    fn map() -> Pin<KBox<ValueMap>> {
+        KBox::pin_init(ValueMap::new(), GFP_KERNEL).expect("no memory")
+    }
+
+    #[test]
+    fn insert_and_remove() {
+        let map = map();
+        assert_eq!(map.get(7), None);
+        assert_eq!(map.insert(7, 0), Ok(None));
+        assert_eq!(map.insert(7, 1), Ok(Some(0)));
+        assert_eq!(map.get(7), Some(1));
+        assert_eq!(map.remove(7), Some(1));
+        assert_eq!(map.remove(7), None);
+    }
+
+    #[test]
+    fn update_makes_nothing() {
+        let map = map();
+        assert_eq!(map.update(7, |value| value + 1), None);
+        assert_eq!(map.get(7), None);
+        assert_eq!(map.insert(7, 1), Ok(None));
+        assert_eq!(map.update(7, |value| value + 1), Some(2));
+        assert_eq!(map.get(7), Some(2));
+    }
+
+    #[test]
+    fn walk_in_order() {
+        let map = map();
+        let far = usize::MAX >> 1;
+        for key in [far, 1, 70_000, 64] {
+            assert_eq!(map.insert(key, key & 0xff), Ok(None));
+        }
+        let mut last = 0;
+        for key in [1, 64, 70_000, far] {
+            assert_eq!(map.next_after(last), Some((key, key & 0xff)));
+            last = key;
+        }
+        assert_eq!(map.next_after(last), None);
+    }
+}

@@ -286,7 +286,7 @@ fn vendor_comes_and_goes(vendor: Vendor) -> Result<()> {
 }
 
 /// Unloads a module that others use for a moment now and then.
-fn unload_soon(name: &str) -> Result<()> {
+pub fn unload_soon(name: &str) -> Result<()> {
     let mut result = modules::unload(name);
     for _ in 0..testing::POLLS {
         match result {

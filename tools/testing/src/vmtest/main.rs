@@ -44,6 +44,7 @@ mod lifecycle;
 mod live;
 mod matrix;
 mod placement;
+mod races;
 mod stock;
 mod tracing;
 
@@ -167,6 +168,7 @@ fn tests() -> Result<Vec<Test>> {
         lifecycle::tests(vendor)?,
         live::tests(vendor)?,
         faults::tests(vendor),
+        races::tests(vendor)?,
         cgroups::tests()?,
         guest::tests(vendor),
         guest_live::tests(vendor)?,
