@@ -39,12 +39,14 @@ mod churn;
 mod command;
 mod guest;
 mod guest_live;
+mod isolation;
 mod lifecycle;
 mod live;
 mod matrix;
 mod placement;
 mod stock;
 mod tracing;
+mod wrong_kernel;
 
 /// A test, and whether this host can run it.
 struct Test {
@@ -147,6 +149,8 @@ fn tests() -> Result<Vec<Test>> {
         command::tests(vendor),
         bad_input::tests(),
         lifecycle::tests(vendor)?,
+        wrong_kernel::tests(vendor)?,
+        isolation::tests(vendor)?,
         live::tests(vendor)?,
         cgroups::tests()?,
         guest::tests(vendor),
