@@ -344,6 +344,19 @@ impl Delegated {
     }
 }
 
+/// What its owner has made in it goes first, and waits for processes that are about to go.
+impl Drop for Delegated {
+    fn drop(&mut self) {
+        for below in ["inside", "threaded", "a/b", "a"] {
+            let path = self.0.directory().join(below);
+            let gone = soon(|| Ok(!path.exists() || fs::remove_dir(&path).is_ok()));
+            if !matches!(gone, Ok(true)) {
+                eprintln!("cannot remove {}", path.display());
+            }
+        }
+    }
+}
+
 /// Who owns a subtree moves VMMs within it, and gets none of them out of what is allowed above, nor
 /// into what others have.
 fn delegate(vendor: Vendor) -> Result<()> {
@@ -420,15 +433,7 @@ fn delegate(vendor: Vendor) -> Result<()> {
         "{:?}",
         ioctl::vms()?
     );
-    vmm.kill()?;
-    for below in ["threaded", "a/b", "a"] {
-        let path = top.join(below);
-        ensure!(
-            soon(|| Ok(fs::remove_dir(&path).is_ok()))?,
-            "{path:?} stays"
-        );
-    }
-    Ok(())
+    vmm.kill()
 }
 
 /// The cpu controller, for the children of the root.

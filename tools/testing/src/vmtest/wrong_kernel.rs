@@ -122,7 +122,7 @@ fn unloaded(work: impl FnOnce(&[u8]) -> Result<()>) -> Result<()> {
 }
 
 /// The module with another name in all places where this one is, as C has it, with a NUL behind.
-fn renamed(image: &[u8], from: &str, to: &str) -> Result<Vec<u8>> {
+pub fn renamed(image: &[u8], from: &str, to: &str) -> Result<Vec<u8>> {
     ensure!(to.len() <= from.len(), "there is no room for {to}");
     let mut wanted = from.as_bytes().to_vec();
     wanted.push(0);
@@ -141,7 +141,7 @@ fn renamed(image: &[u8], from: &str, to: &str) -> Result<Vec<u8>> {
 }
 
 /// A name that nothing has.
-fn misspelt(name: &str) -> String {
+pub fn misspelt(name: &str) -> String {
     let mut name = name.to_string();
     name.pop();
     name.push('X');
@@ -288,12 +288,12 @@ fn hooks_that_are_not_called(vendor: Vendor) -> Result<()> {
     })
 }
 
-/// A hook that is called, and finds another state than the module knows: this one comes again when
-/// the VM is taken down.
+/// A hook that is called, and finds another state than the module knows: this one comes when the VM
+/// is taken down.
 fn vm_in_another_state(vendor: Vendor) -> Result<()> {
     unloaded(|image| {
         let name = function(vendor, "vcpu_create");
-        let image = renamed(image, &name, &function(vendor, "vcpu_put"))?;
+        let image = renamed(image, &name, &function(vendor, "vcpu_free"))?;
         let module = vendor.module().replace('-', "_");
         let reason = "has flags or a state that we do not know";
         refused(&image, Errno::EUCLEAN, &[&module, reason]).map(drop)
