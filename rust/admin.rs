@@ -7,7 +7,7 @@ use crate::{
     bindings as shim,
     engine::Engine,
     hooks::{
-        hook,
+        hook_nested_vmexit,
         Hook,
         NestedVmexit, //
     },
@@ -137,6 +137,9 @@ impl_has_work! {
 }
 
 impl Admin {
+    /// How many directories are made without letting others have the lock.
+    const AT_ONCE: usize = 64;
+
     pub(crate) fn new(engine: Arc<Engine>) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
@@ -325,7 +328,7 @@ impl Admin {
             return;
         };
         // The log has the reason if it fails; then the vCPU changes when it is asked again.
-        *l2 = hook(symbol, NestedVmexit(self.engine.clone())).ok();
+        *l2 = hook_nested_vmexit(symbol, self.engine.clone()).ok();
         // One may have left before the hook was there.
         self.engine.ask_in_l2();
     }
@@ -415,7 +418,9 @@ impl Admin {
 
     /// The worker: does what hooks cannot do.
     fn work(this: &Arc<Self>) {
-        this.tidy(this);
+        if !this.tidy(this) {
+            Self::wake(this);
+        }
         {
             let _changes = this.changes.lock();
             this.engine.change(Scope::Stale);
@@ -428,11 +433,16 @@ impl Admin {
         }
     }
 
-    /// Takes policies of removed cgroups away, and makes and removes `vms/<id>`.
-    fn tidy(&self, this: &Arc<Self>) {
+    /// Takes policies of removed cgroups away, and makes and removes `vms/<id>`. Returns whether
+    /// nothing was left to do.
+    ///
+    /// What was made is removed first, and no more than [`Admin::AT_ONCE`] is made: VMMs that make VMs
+    /// faster than we make directories shall neither keep administrators from the lock, nor fill
+    /// memory with directories of VMs that are gone.
+    fn tidy(&self, this: &Arc<Self>) -> bool {
         let mut directories = self.directories.lock();
         let Some(directories) = (*directories).as_mut() else {
-            return;
+            return true;
         };
         let removed = core::mem::replace(&mut *self.removed.lock(), Removed::NONE);
         for &cgroup in removed.ids.iter().take(removed.count) {
@@ -446,20 +456,23 @@ impl Admin {
             }
         }
 
-        while let Some(vm) = self.engine.vms.next_to_publish() {
-            if Self::publish_vm(this, directories, vm).is_err() {
+        while let Some(vm) = self.engine.vms.next_to_unpublish() {
+            drop(directories.vms.remove(&vm));
+        }
+        for _ in 0..Self::AT_ONCE {
+            let published = if let Some(vm) = self.engine.vms.next_to_publish() {
+                Self::publish_vm(this, directories, vm)
+            } else if let Some((vm, index, vcpu)) = self.engine.vms.next_vcpu_to_publish() {
+                Self::publish_vcpu(this, directories, vm, index, vcpu)
+            } else {
+                return true;
+            };
+            if published.is_err() {
                 // Decided on and in the ioctl's list, but not in sysfs.
                 self.engine.count_missed();
             }
         }
-        while let Some((vm, index, vcpu)) = self.engine.vms.next_vcpu_to_publish() {
-            if Self::publish_vcpu(this, directories, vm, index, vcpu).is_err() {
-                self.engine.count_missed();
-            }
-        }
-        while let Some(vm) = self.engine.vms.next_to_unpublish() {
-            drop(directories.vms.remove(&vm));
-        }
+        false
     }
 
     fn remove_if_gone(&self, directories: &mut Directories, cgroup: u64) {

@@ -18,6 +18,7 @@ use crate::{
     vendor::Vendor, //
 };
 use kernel::{
+    pr_err_once,
     prelude::*,
     sync::Arc, //
 };
@@ -52,10 +53,26 @@ impl Hooks {
 }
 
 /// Registers a hook. Says so if it cannot be.
-pub(crate) fn hook<H: Handler>(symbol: &'static CStr, handler: H) -> Result<Hook<H>> {
+fn hook<H: Handler>(symbol: &'static CStr, handler: H) -> Result<Hook<H>> {
     KBox::try_pin_init(Fprobe::register(symbol, handler), GFP_KERNEL).inspect_err(|error| {
         pr_err!(
             "cannot hook {}: {:?}; this kernel is not one that the module was made for\n",
+            symbol,
+            *error
+        );
+    })
+}
+
+/// Registers the hook on the end of L2. Says so once if it cannot be: a guest in L2 has it tried
+/// again and again.
+pub(crate) fn hook_nested_vmexit(
+    symbol: &'static CStr,
+    engine: Arc<Engine>,
+) -> Result<Hook<NestedVmexit>> {
+    let probe = Fprobe::register(symbol, NestedVmexit(engine));
+    KBox::try_pin_init(probe, GFP_KERNEL).inspect_err(|error| {
+        pr_err_once!(
+            "cannot hook {}: {:?}; vCPUs in L2 change when they are asked again\n",
             symbol,
             *error
         );
@@ -134,7 +151,7 @@ impl Handler for VmDestroy {
 /// This is on the way of guests that have guests, and therefore registered only while there is
 /// such a vCPU. Asking again from the hook on recalc_intercepts, while still in L2, would keep the
 /// vCPU from ever entering.
-pub(crate) struct NestedVmexit(pub(crate) Arc<Engine>);
+pub(crate) struct NestedVmexit(Arc<Engine>);
 
 impl Handler for NestedVmexit {
     fn entered(&self, call: &Call<'_>) {

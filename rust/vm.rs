@@ -182,11 +182,13 @@ impl Vm {
     /// Whether what the vCPU's guest reads in CPUID is not what its VMM wanted and would have to
     /// repeat, although `hlt` is not disabled any more or will not be.
     pub(crate) fn lacks_pv_unhalt(&self, vcpu: &Vcpu) -> bool {
-        let hlt = self
-            .vcpus
-            .iter()
-            .fold(self.keep, |hlt, vcpu| hlt | self.target(vcpu));
-        vcpu.offered_pv_unhalt && !vcpu.has_pv_unhalt && !hlt.contains(Exits::HLT)
+        // In this order, as a VMM can have it asked for each of its vCPUs: who looks at all of them
+        // finds none with HLT, so that the caller need not go on.
+        let hlt = |vcpu: &Vcpu| self.target(vcpu).contains(Exits::HLT);
+        vcpu.offered_pv_unhalt
+            && !vcpu.has_pv_unhalt
+            && !self.keep.contains(Exits::HLT)
+            && !self.vcpus.iter().any(hlt)
     }
 
     /// Whether the vCPU has to go through the hook.

@@ -222,6 +222,9 @@ impl MiscDevice for Session {
     }
 
     fn ioctl(session: &Self, _file: &File, command: u32, argument: usize) -> Result<isize> {
+        // Whoever opened the device: it may have been handed on. What is told is of all tenants of
+        // the host, and what is changed as well.
+        require_sys_admin()?;
         let address = UserPtr::from_addr(argument);
         session.admin.engine().check_hooks();
         match command {
@@ -269,7 +272,6 @@ impl Session {
     }
 
     fn set_enabled(&self, argument: &mut uapi::exitpolicy_enabled) -> Result {
-        require_sys_admin()?;
         must_be_zero(argument.reserved)?;
         let how = how(argument.flags, 0, argument.timeout_ms)?;
         let enabled = match argument.enabled {
@@ -282,7 +284,6 @@ impl Session {
     }
 
     fn set_policy(&self, argument: &mut uapi::exitpolicy_policy) -> Result {
-        require_sys_admin()?;
         must_be_zero(argument.reserved)?;
         let sets = uapi::EXITPOLICY_POLICY_DISABLE | uapi::EXITPOLICY_POLICY_ALLOW;
         let how = how(argument.flags, sets, argument.timeout_ms)?;
@@ -318,7 +319,6 @@ impl Session {
     }
 
     fn clear_policy(&self, argument: &mut uapi::exitpolicy_policy) -> Result {
-        require_sys_admin()?;
         must_be_zero(argument.reserved)?;
         let how = how(argument.flags, 0, argument.timeout_ms)?;
         let cgroup = Cgroup::from_fd(argument.cgroup_fd)?;
@@ -405,7 +405,6 @@ impl Session {
         argument: &mut uapi::exitpolicy_override,
         disable: Option<Exits>,
     ) -> Result {
-        require_sys_admin()?;
         must_be_zero(argument.reserved)?;
         let how = how(
             argument.flags,

@@ -5,6 +5,7 @@
 //! C headers: [`include/linux/kobject.h`](srctree/include/linux/kobject.h),
 //! [`include/linux/sysfs.h`](srctree/include/linux/sysfs.h).
 
+use crate::kernel_ext::capability::require_sys_admin;
 use core::{
     marker::PhantomData,
     ptr,
@@ -62,7 +63,8 @@ impl<T> Attribute<T> {
         this
     }
 
-    /// A file that root may read.
+    /// A file that root may read who has CAP_SYS_ADMIN in the initial user namespace: the root of a
+    /// container without a user namespace has files of root's, too.
     pub(crate) const fn private(
         name: &'static CStr,
         show: fn(&T, &mut Output<'_>) -> Result,
@@ -213,6 +215,18 @@ impl<T: Attributes> Directory<T> {
         Ok(this)
     }
 
+    /// Lets nobody but root see what is in a directory below this one. Fails with [`ENOENT`] if
+    /// there is none of this name.
+    pub(crate) fn hide(&self, name: &'static CStr) -> Result {
+        // The mode of a directory cannot be asked for when it is made; this changes that of anything
+        // with that name, for all that it is called.
+        let directory = Attribute::<()>::new(name, 0);
+        // SAFETY: The kobject has been added. The attribute is a name, for this call.
+        to_result(unsafe {
+            bindings::sysfs_chmod_file(self.kobject.get(), &directory.inner, 0o700)
+        })
+    }
+
     /// # Safety
     ///
     /// `kobject` must be the kobject of a `Self` that lives for `'a`.
@@ -241,6 +255,9 @@ impl<T: Attributes> Directory<T> {
             )
         };
         from_result(|| {
+            if attribute.inner.mode & 0o004 == 0 {
+                require_sys_admin()?;
+            }
             let mut out = Output { buffer, length: 0 };
             attribute.show.ok_or(EIO)?(&this.data, &mut out)?;
             out.write_bytes(b"\n")?;

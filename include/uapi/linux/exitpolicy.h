@@ -25,8 +25,9 @@
  *  - Unknown flags, unknown exits and reserved members that are not zero are
  *    refused; nothing is changed when a command fails.  (The memory of the
  *    argument must stay writable while the command runs.)
- *  - Commands that change something need CAP_SYS_ADMIN in the initial user
- *    namespace.  Opening the device is governed by its mode, 0600.
+ *  - Every command needs CAP_SYS_ADMIN in the initial user namespace, at the
+ *    time of the call and whoever opened the device.  Opening it is governed by
+ *    its mode, 0600.
  *
  *   EINVAL  @size is too small, a flag or an exit is unknown, a reserved
  *           member is not zero

@@ -53,6 +53,9 @@ impl Sysfs {
         )?;
         let cgroups = Directory::new(fmt!("cgroups"), Parent::Directory(&root), ())?;
         let vms = Directory::new(fmt!("vms"), Parent::Directory(&root), ())?;
+        // Names alone tell how many VMs others have, and how large.
+        root.hide(c"cgroups")?;
+        root.hide(c"vms")?;
         Admin::publish(admin, cgroups, vms);
         Ok(Self {
             _published: Published(admin.clone()),
@@ -114,16 +117,16 @@ impl Attributes for RootFiles {
             root.0.set_enabled(enabled, How::LIVE);
             Ok(())
         }),
-        Attribute::public(c"missed", |root: &Self, out| {
+        Attribute::private(c"missed", |root: &Self, out| {
             show(out, root.engine().missed())
         }),
-        Attribute::public(c"clamps", |root: &Self, out| {
+        Attribute::private(c"clamps", |root: &Self, out| {
             show(out, root.engine().clamps())
         }),
-        Attribute::public(c"pending", |root: &Self, out| {
+        Attribute::private(c"pending", |root: &Self, out| {
             show(out, root.engine().on_their_way().0)
         }),
-        Attribute::public(c"holding", |root: &Self, out| {
+        Attribute::private(c"holding", |root: &Self, out| {
             show(out, root.engine().on_their_way().1)
         }),
         Attribute::write_only(c"attach", |root: &Self, path| {

@@ -187,7 +187,7 @@ impl Error {
                     .into()
             }
             Self::NotPermitted { .. } => {
-                "run it as root: /dev/exitpolicy belongs to root, and changes need CAP_SYS_ADMIN \
+                "run it as root: /dev/exitpolicy belongs to root, and needs CAP_SYS_ADMIN \
                  in the initial user namespace, which a container does not have"
                     .into()
             }

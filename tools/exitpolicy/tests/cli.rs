@@ -122,7 +122,7 @@ fn who_may_not_open_the_device_is_told() {
         run.stderr,
         str![[r#"
 error: cannot open /dev/exitpolicy: Permission denied
-  hint: run it as root: /dev/exitpolicy belongs to root, and changes need CAP_SYS_ADMIN in the initial user namespace, which a container does not have
+  hint: run it as root: /dev/exitpolicy belongs to root, and needs CAP_SYS_ADMIN in the initial user namespace, which a container does not have
 
 "#]]
         .raw(),

@@ -597,7 +597,7 @@ fn what_the_module_refuses_is_explained() {
         fake.run("policy set CGROUP --disable hlt").stderr,
         str![[r#"
 error: cannot set the policy of cgroup /CGROUP: Operation not permitted
-  hint: run it as root: /dev/exitpolicy belongs to root, and changes need CAP_SYS_ADMIN in the initial user namespace, which a container does not have
+  hint: run it as root: /dev/exitpolicy belongs to root, and needs CAP_SYS_ADMIN in the initial user namespace, which a container does not have
 
 "#]]
         .raw()

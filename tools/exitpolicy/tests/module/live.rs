@@ -730,7 +730,7 @@ error: VM 3 has no vCPU 9
         run.stderr,
         str![[r#"
 error: cannot set the override of vCPU 0 of VM 3: Operation not permitted
-  hint: run it as root: /dev/exitpolicy belongs to root, and changes need CAP_SYS_ADMIN in the initial user namespace, which a container does not have
+  hint: run it as root: /dev/exitpolicy belongs to root, and needs CAP_SYS_ADMIN in the initial user namespace, which a container does not have
 
 "#]]
         .raw()
@@ -945,7 +945,7 @@ error: cannot unload kvm_exitpolicy: the kernel takes no module in or out any mo
         run.stderr,
         str![[r#"
 error: cannot switch policies off: Operation not permitted
-  hint: run it as root: /dev/exitpolicy belongs to root, and changes need CAP_SYS_ADMIN in the initial user namespace, which a container does not have
+  hint: run it as root: /dev/exitpolicy belongs to root, and needs CAP_SYS_ADMIN in the initial user namespace, which a container does not have
 
 "#]]
         .raw()

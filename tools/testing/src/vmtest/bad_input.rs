@@ -795,24 +795,25 @@ fn sysfs_modes() -> Result<()> {
         for entry in fs::read_dir(directory)? {
             let path = entry?.path();
             let metadata = fs::metadata(&path)?;
+            check(&path, metadata.permissions().mode() & 0o777)?;
             if metadata.is_dir() {
                 walk(&path, check)?;
-            } else {
-                check(&path, metadata.permissions().mode() & 0o777)?;
             }
         }
         Ok(())
     }
     let state = State::new()?;
     walk(Path::new(SYSFS), &mut |path, mode| {
-        // What is said of a cgroup or a VM is for root only.
+        // What is said of a cgroup or a VM, or counts them, is for root only.
         let at_top = path.parent() == Some(Path::new(SYSFS));
         let name = path.file_name().and_then(|name| name.to_str());
         let expected = match name.context("not UTF-8")? {
             "attach" | "detach" => 0o200,
             "enabled" => 0o644,
             "disable" | "allow" => 0o600,
-            _ if at_top => 0o444,
+            "vendor" | "supported" | "floor" if at_top => 0o444,
+            "cgroups" | "vms" if at_top => 0o700,
+            _ if path.is_dir() => 0o755,
             _ => 0o400,
         };
         ensure!(mode == expected, "{path:?} has mode {mode:o}");

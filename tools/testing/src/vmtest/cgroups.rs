@@ -124,7 +124,7 @@ fn namespaces() -> Result<()> {
 }
 
 /// Objects in use in those slab caches that the module allocates from, directly or not.
-fn slab() -> Result<BTreeMap<String, u64>> {
+pub fn slab() -> Result<BTreeMap<String, u64>> {
     let mut objects = BTreeMap::new();
     for line in fs::read_to_string("/proc/slabinfo")?.lines().skip(2) {
         let mut words = line.split_whitespace();
@@ -184,7 +184,12 @@ fn come_and_go_without_leak(count: usize) -> Result<()> {
     come_and_go(count, at_once)?;
     // Freed objects are counted as active while they wait for RCU or in a CPU's cache. One object
     // leaked for each cgroup would be `count`; half of it is far more than waits there.
-    let limit = count as u64 / 2;
+    ensure_slab_shrinks_to(&before, count as u64 / 2)
+}
+
+/// Fails unless there are no more than `limit` objects of each kind beyond what there were before, a
+/// moment from now at the latest.
+pub fn ensure_slab_shrinks_to(before: &BTreeMap<String, u64>, limit: u64) -> Result<()> {
     let grown = || -> Result<Vec<String>> {
         let now = slab()?;
         let grown = now.iter().filter(|(name, objects)| {

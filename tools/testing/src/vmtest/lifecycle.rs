@@ -224,8 +224,12 @@ fn no_sysfs() -> Result<()> {
 pub fn nothing_hooked() -> Result<()> {
     let hooked = crate::tracing::hooked_functions()?;
     ensure!(hooked.is_empty(), "hooks are left: {hooked:?}");
+    let kprobes = fs::read_to_string("/sys/kernel/debug/kprobes/list")?;
+    ensure!(kprobes.is_empty(), "kprobes are left: {kprobes}");
     ensure!(!modules::is_loaded(EXITPOLICY)?, "the module is loaded");
-    ensure!(!Path::new(interface::SYSFS).exists(), "sysfs is left");
+    for path in [interface::SYSFS, testing::uapi::DEVICE] {
+        ensure!(!Path::new(path).exists(), "{path} is left");
+    }
     Ok(())
 }
 

@@ -40,6 +40,7 @@ mod command;
 mod faults;
 mod guest;
 mod guest_live;
+mod isolation;
 mod lifecycle;
 mod live;
 mod matrix;
@@ -47,6 +48,7 @@ mod placement;
 mod races;
 mod stock;
 mod tracing;
+mod wrong_kernel;
 
 /// A test, and whether this host can run it.
 struct Test {
@@ -166,6 +168,8 @@ fn tests() -> Result<Vec<Test>> {
         command::tests(vendor),
         bad_input::tests(),
         lifecycle::tests(vendor)?,
+        wrong_kernel::tests(vendor)?,
+        isolation::tests(vendor)?,
         live::tests(vendor)?,
         faults::tests(vendor),
         races::tests(vendor)?,

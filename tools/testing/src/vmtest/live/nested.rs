@@ -15,6 +15,7 @@ use anyhow::{
 use exitpolicy_policy::Exits;
 use testing::{
     cgroup::Cgroup,
+    client::Vmm,
     exits::{
         Counter,
         Vendor, //
@@ -22,7 +23,13 @@ use testing::{
     interface::{
         self,
         ioctl,
+        sysfs,
         IN_FORCE, //
+    },
+    kernel_log::KernelLog,
+    modules::{
+        self,
+        EXITPOLICY, //
     },
     pause,
     payload::{
@@ -47,6 +54,10 @@ use crate::{
     is_slow_host,
     lifecycle::ensure_not_unloadable,
     tracing::hooked_functions,
+    wrong_kernel::{
+        misspelt,
+        renamed, //
+    },
     Test, //
 };
 
@@ -89,6 +100,10 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
             given_while_l2_sleeps(vendor)
         }),
         Test::new("live::nested::pending_in_l2", move || pending_in_l2(vendor)).ignored(no_waiting),
+        Test::new("live::nested::hook_that_cannot_be", move || {
+            hook_that_cannot_be(vendor)
+        })
+        .ignored(no_waiting),
         Test::new("live::nested::taken_back_in_l2", move || {
             taken_back_in_l2(vendor)
         })
@@ -252,8 +267,14 @@ impl Nested {
         self.end()
     }
 
-    /// HLT is given in L2, where it is pending.
+    /// HLT is given in L2, where it is pending, and the hook asks again when L2 ends.
     fn give_in_l2(&self) -> Result<()> {
+        self.give_in_l2_without_hook()?;
+        ensure_hooked(true)
+    }
+
+    /// HLT is given in L2, where it is pending.
+    fn give_in_l2_without_hook(&self) -> Result<()> {
         let pending = self.change(true, limit(self.rig.vendor))?;
         ensure!(pending == 1, "{pending} pending: {:?}", self.rig.view());
         ensure!(
@@ -261,7 +282,7 @@ impl Nested {
             "not in L2: {:?}",
             self.rig.view()
         );
-        ensure_hooked(true)
+        Ok(())
     }
 
     fn end(mut self) -> Result<()> {
@@ -450,6 +471,55 @@ fn pending_in_l2(vendor: Vendor) -> Result<()> {
     ensure_hooked(false)?;
     nested.back();
     nested.end()
+}
+
+/// A kernel in which the hook on the end of L2 cannot be registered: it is tried on and on, by the
+/// worker, whatever other VMs have it do, and the log says so once. The vCPU changes when it is asked
+/// again.
+fn hook_that_cannot_be(vendor: Vendor) -> Result<()> {
+    modules::unload(EXITPOLICY)?;
+    let other = misspelt(NESTED_VMEXIT);
+    let image = renamed(&modules::image()?, NESTED_VMEXIT, &other)?;
+    modules::load_image(&image)?;
+    let result = without_the_hook(vendor, &other);
+    // With the VM, which holds the module, gone.
+    let again = interface::ensure_no_vms()
+        .and_then(|()| Ok(modules::unload(EXITPOLICY)?))
+        .and_then(|()| modules::load(EXITPOLICY));
+    result.and(again)
+}
+
+fn without_the_hook(vendor: Vendor, symbol: &str) -> Result<()> {
+    const OTHERS: usize = 5;
+    let mut log = KernelLog::from_now()?;
+    let cgroup = Cgroup::new("own")?;
+    let mut nested = Nested::start(vendor, &cgroup, Payload::L2Hlt)?;
+    // Meanwhile L1 goes back to L2.
+    ensure_hooked(false)?;
+    nested.give_in_l2_without_hook()?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    for _ in 0..OTHERS {
+        let vm = vmm.create_vm()?;
+        vmm.create_vcpu(vm, 0)?;
+        // The worker makes their directories, and then looks for vCPUs in L2.
+        ensure!(soon(|| Ok(sysfs::vm_ids()?.len() == 2))?, "not listed");
+        vmm.close(vm)?;
+        ensure!(soon(|| Ok(sysfs::vm_ids()?.len() == 1))?, "still listed");
+    }
+    vmm.kill()?;
+    nested.leave()?;
+    let pending = nested.change(true, uapi::MAX_TIMEOUT)?;
+    ensure!(
+        pending == 0 && nested.state()? == IN_FORCE,
+        "{:?}",
+        nested.rig.view()
+    );
+    nested.back();
+    nested.end()?;
+    let mut lines = log.lines()?;
+    lines.retain(|line| line.contains(symbol));
+    ensure!(lines.len() == 1, "not one line: {lines:#?}");
+    Ok(())
 }
 
 /// What is pending in L2 is taken back there: nothing is to be done any more, nor waited for.
