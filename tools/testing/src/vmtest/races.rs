@@ -128,6 +128,10 @@ fn race(sides: Vec<Side<'_>>) -> Result<()> {
                         if done == side.number {
                             behind.fetch_sub(1, Ordering::Relaxed);
                         }
+                        // Who is done goes on, but lets the others have the CPUs.
+                        if done >= side.number {
+                            testing::pause();
+                        }
                     }
                     Ok((side.name, done))
                 })
@@ -294,17 +298,21 @@ fn vms_and_our_module(vendor: Vendor, number: u64, dear: u64) -> Result<()> {
 fn vms_and_vendor_module(vendor: Vendor, number: u64, dear: u64) -> Result<()> {
     let without = AtomicU64::new(0);
     let result = race(vec![
-        Side::new("VMs", number, |_| match Vm::new(Irqchip::Kernel) {
-            Ok(vm) => {
-                let vm = Arc::new(vm);
-                drop(vm.create_vcpu(0).context("KVM_CREATE_VCPU")?);
-                Ok(())
+        Side::new("VMs", number, |_| {
+            match Vm::new(Irqchip::Kernel) {
+                Ok(vm) => {
+                    let vm = Arc::new(vm);
+                    drop(vm.create_vcpu(0).context("KVM_CREATE_VCPU")?);
+                    Ok(())
+                }
+                // There is no KVM just now.
+                Err(_) => {
+                    without.fetch_add(1, Ordering::Relaxed);
+                    Ok(())
+                }
             }
-            // There is no KVM just now.
-            Err(_) => {
-                without.fetch_add(1, Ordering::Relaxed);
-                Ok(())
-            }
+            // So that KVM is unused now and then.
+            .inspect(|()| testing::pause())
         }),
         Side::new("vendor module", dear, |_| {
             unload_soon(vendor.module())?;
@@ -319,8 +327,12 @@ fn vms_and_vendor_module(vendor: Vendor, number: u64, dear: u64) -> Result<()> {
     result?;
     let without = without.load(Ordering::Relaxed);
     eprintln!("    there was no KVM {without} times");
-    let root = Path::new("/sys/fs/cgroup");
-    let _ = interface::command::run(&["cgroup", "clear", &root.display().to_string()]);
+    let root = testing::cgroup::root()?;
+    let argument = uapi::Policy {
+        cgroup_fd: testing::cgroup::fd_of(&root),
+        ..Default::default()
+    };
+    or_lost(Device::open()?.policy(uapi::CLEAR_POLICY, argument))?;
     interface::ensure_no_vms()?;
     ensure!(
         soon(|| Ok(Device::open()?.info()?.supported != 0))?,
