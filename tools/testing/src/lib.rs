@@ -5,6 +5,7 @@
 pub mod cgroup;
 pub mod client;
 pub mod exits;
+pub mod fuzz;
 pub mod interface;
 pub mod kernel_log;
 pub mod modules;

@@ -37,6 +37,7 @@ mod cgroups;
 mod child;
 mod churn;
 mod command;
+mod fuzz;
 mod guest;
 mod guest_live;
 mod lifecycle;
@@ -149,6 +150,7 @@ fn tests() -> Result<Vec<Test>> {
         lifecycle::tests(vendor)?,
         live::tests(vendor)?,
         cgroups::tests()?,
+        fuzz::tests(vendor)?,
         guest::tests(vendor),
         guest_live::tests(vendor)?,
         // What was said between tests, and after the last one, by workers and the like.
