@@ -192,17 +192,17 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     Ok(vec![
         Test::new("fuzz::model", move || {
             rounds("model", |seed, tally| {
-                model(vendor, seed, 8_000 / share, tally)
+                model(vendor, seed, 6_000 / share, tally)
             })
         }),
         Test::new("fuzz::unprivileged", move || {
             rounds("unprivileged", |seed, tally| {
-                unprivileged(vendor, seed, 40_000 / share, tally)
+                unprivileged(vendor, seed, 10_000 / share, tally)
             })
         }),
         Test::new("fuzz::everybody", move || {
             rounds("everybody", |seed, tally| {
-                everybody(vendor, seed, 10_000 / share, tally)
+                everybody(vendor, seed, 3_000 / share, tally)
             })
         }),
     ])
