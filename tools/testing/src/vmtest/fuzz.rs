@@ -496,7 +496,8 @@ fn try_to_change_cgroups(random: &mut Random, vmm: Option<i32>) {
 
 // --- one operation ------------------------------------------------------------
 
-const GUARD: u8 = 0x5a;
+/// What is around an argument. All of it is compared, after each call.
+const GUARDS: [u8; 2 * PAGE] = [0x5a; 2 * PAGE];
 
 /// Memory for arguments: two pages, then one that is not there; and one that can only be read.
 struct Memory {
@@ -558,7 +559,7 @@ impl Memory {
         // SAFETY: Both mappings are ours alone, and large enough: an argument is at most a page.
         // The kernel writes there during the call only.
         let (result, pages) = unsafe {
-            ptr::write_bytes(self.pages, GUARD, 2 * PAGE);
+            ptr::copy_nonoverlapping(GUARDS.as_ptr(), self.pages, GUARDS.len());
             ptr::copy_nonoverlapping(call.bytes.as_ptr(), self.pages.add(at), inside);
             ptr::copy_nonoverlapping(call.bytes.as_ptr(), self.writable, length);
             let result = device.raw(call.command, address);
@@ -568,7 +569,7 @@ impl Memory {
         let (before, rest) = pages.split_at(at);
         let (argument, behind) = rest.split_at(inside);
         ensure!(
-            before.iter().chain(behind).all(|byte| *byte == GUARD),
+            [before, behind].iter().all(|part| GUARDS.starts_with(part)),
             "memory outside of the argument was written"
         );
         // SAFETY: As above.
