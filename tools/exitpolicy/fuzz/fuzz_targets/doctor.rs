@@ -76,7 +76,8 @@ impl Content {
             .enumerate()
             .filter(|(bit, _)| which & (1 << bit) != 0)
             .map(|(_, option)| format!("{option}=y\n"))
-            .collect::<String>()
+            .collect::<Vec<_>>()
+            .concat()
             .into_bytes(),
             Self::Bytes(bytes) => bytes.clone(),
         }
