@@ -5,6 +5,7 @@
 KDIR ?= /lib/modules/$(shell uname -r)/build
 PREFIX ?= /usr/local
 DESTDIR ?=
+FUZZ_MINUTES ?= 10
 
 # The lab, which builds as root and for its own kernel, has build/lab.
 BUILD := build
@@ -27,6 +28,7 @@ Without one, in emulated hosts (needs root, and Debian 12 or 13):
   make demo             see what it does
   make test             run all tests
   make test-debug       run them in a kernel that looks for mistakes (hours)
+  make fuzz             hostile input, for FUZZ_MINUTES (10)
   make lab-build        build module and command for the emulated hosts
   make lab              set the emulated hosts up, and nothing else
 
@@ -35,7 +37,7 @@ For developers:
   make clean            remove what was built here
 endef
 
-.PHONY: all module command man tests lab lab-build demo test test-debug check install uninstall clean help
+.PHONY: all module command man tests lab lab-build demo test test-debug fuzz check install uninstall clean help
 all: module command man
 
 help:
@@ -95,6 +97,9 @@ lab-module-%:
 
 test-debug: lab-build lab-module-debug
 	tools/testing/run --kernel debug
+
+fuzz: lab-build
+	FUZZ_MINUTES="$(FUZZ_MINUTES)" tools/testing/fuzz
 
 check: lab-build
 	tools/lab/enter tools/check "$$(tools/lab/setup --print kdir)"

@@ -111,6 +111,31 @@ struct cgroup *exitpolicy_cgroup_parent(struct cgroup *cgrp)
 	return cgroup_parent(cgrp);
 }
 
+/*
+ * cgroup_get_from_path() does not look whether what it passes is a directory,
+ * and takes the memory of an open file for names below it.
+ */
+struct cgroup *exitpolicy_cgroup_child(struct cgroup *cgrp, const char *name)
+{
+	struct kernfs_node *kn = kernfs_find_and_get(cgrp->kn, name);
+	struct cgroup *child;
+
+	if (!kn)
+		return ERR_PTR(-ENOENT);
+	if (kernfs_type(kn) == KERNFS_DIR) {
+		rcu_read_lock();
+		/* As cgroup_get_from_path() does it. */
+		child = rcu_dereference(*(void __rcu __force **)&kn->priv);
+		if (!child || !cgroup_tryget(child))
+			child = ERR_PTR(-ENOENT);
+		rcu_read_unlock();
+	} else {
+		child = ERR_PTR(-ENOTDIR);
+	}
+	kernfs_put(kn);
+	return child;
+}
+
 bool exitpolicy_cgroup_is_dead(const struct cgroup *cgrp)
 {
 	return cgroup_is_dead(cgrp);

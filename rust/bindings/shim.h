@@ -41,6 +41,7 @@ struct cgroup *exitpolicy_cgroup_domain(struct cgroup *cgrp);
 void exitpolicy_cgroup_put(struct cgroup *cgrp);
 u64 exitpolicy_cgroup_id(const struct cgroup *cgrp);
 struct cgroup *exitpolicy_cgroup_parent(struct cgroup *cgrp);
+struct cgroup *exitpolicy_cgroup_child(struct cgroup *cgrp, const char *name);
 bool exitpolicy_cgroup_is_dead(const struct cgroup *cgrp);
 bool exitpolicy_in_init_cgroup_ns(void);
 int exitpolicy_cgroup_path(struct cgroup *cgrp, char *buf, size_t size);

@@ -103,10 +103,37 @@ impl Cgroup {
         unsafe { Self::from_raw(bindings::cgroup_get_from_id(id)) }
     }
 
-    /// The cgroup at a path below the root of the current task's cgroup namespace.
-    pub(crate) fn from_path(path: &CStr) -> Result<CgroupRef> {
-        // SAFETY: `path` ends in NUL. Returns a counted reference or an error.
-        unsafe { Self::from_raw(bindings::cgroup_get_from_path(path.as_char_ptr())) }
+    /// The cgroup at a path below the root of the current task's cgroup namespace. Fails with
+    /// [`EINVAL`] if there is a NUL in it, with [`ENOTDIR`] if it leads to a file, or through one,
+    /// and otherwise with [`ENOENT`].
+    pub(crate) fn from_path(path: &[u8]) -> Result<CgroupRef> {
+        if path.contains(&0) {
+            return Err(EINVAL);
+        }
+        let mut names = KVec::with_capacity(path.len() + 1, GFP_KERNEL)?;
+        names.extend_from_slice(path, GFP_KERNEL)?;
+        names.push(b'/', GFP_KERNEL)?;
+        for byte in names.iter_mut().filter(|byte| **byte == b'/') {
+            *byte = 0;
+        }
+        // SAFETY: Returns a counted reference or an error.
+        let root = unsafe { Self::from_raw(bindings::cgroup_get_from_path(c"/".as_char_ptr())) };
+        names
+            .split_inclusive(|byte| *byte == 0)
+            .filter(|name| name.len() > 1)
+            .try_fold(root?, |cgroup, name| {
+                let name = CStr::from_bytes_with_nul(name).map_err(|_| EINVAL)?;
+                cgroup.child(name)
+            })
+    }
+
+    /// The child with this name.
+    fn child(&self, name: &CStr) -> Result<CgroupRef> {
+        // SAFETY: Pinned, by the type invariant; `name` ends in NUL. Returns a counted reference or
+        // an error.
+        unsafe {
+            Self::from_raw(shim::exitpolicy_cgroup_child(self.raw(), name.as_char_ptr()).cast())
+        }
     }
 
     /// The cgroup of a task.

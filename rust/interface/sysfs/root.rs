@@ -77,10 +77,7 @@ impl RootFiles {
         if !path.starts_with(b"/") {
             return Err(EINVAL);
         }
-        let mut bytes = KVec::with_capacity(path.len() + 1, GFP_KERNEL)?;
-        bytes.extend_from_slice(path, GFP_KERNEL)?;
-        bytes.push(0, GFP_KERNEL)?;
-        Cgroup::from_path(CStr::from_bytes_with_nul(&bytes).map_err(|_| EINVAL)?)
+        Cgroup::from_path(path)
     }
 }
 

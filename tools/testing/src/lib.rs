@@ -6,6 +6,7 @@ pub mod cgroup;
 pub mod client;
 pub mod exits;
 pub mod faults;
+pub mod fuzz;
 pub mod interface;
 pub mod kernel_log;
 pub mod modules;

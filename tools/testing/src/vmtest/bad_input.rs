@@ -749,6 +749,14 @@ fn sysfs_paths() -> Result<()> {
         let long = format!("/{}", "a".repeat(4000));
         let result = write(path, long.as_bytes());
         state.refused("a long name", result, libc::ENOENT)?;
+        // The kernel's own walk looks for names in the memory of a file that is open. Many names,
+        // as it depends on their hashes what it finds there.
+        let _open = File::open(state.cgroup.directory().join("cgroup.procs"))?;
+        for number in 0..100 {
+            let below = format!("/own/cgroup.procs/{number}");
+            let result = write(path, below.as_bytes());
+            state.refused("below a file", result, libc::ENOTDIR)?;
+        }
     }
     let result = write(&attach, own.as_bytes());
     state.refused("attach where there is a policy", result, libc::EEXIST)?;

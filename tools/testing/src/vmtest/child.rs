@@ -24,32 +24,46 @@ use nix::{
     unistd::{
         chroot,
         fork,
-        ForkResult, //
+        ForkResult,
+        Pid, //
     }, //
 };
 
-/// Runs `body` in a child process and fails with what it found wrong.
-pub fn in_child(body: impl FnOnce() -> Result<Vec<String>>) -> Result<()> {
-    // SAFETY: This process has one thread: the tests run in the main thread, one at a time.
-    match unsafe { fork() }? {
-        ForkResult::Parent { child } => {
-            let status = waitpid(child, None)?;
-            ensure!(
-                matches!(status, WaitStatus::Exited(_, 0)),
-                "the child found something wrong, see above: {status:?}"
-            );
-            Ok(())
-        }
-        ForkResult::Child => {
-            let wrong = body().unwrap_or_else(|error| vec![format!("{error:?}")]);
-            for line in &wrong {
-                eprintln!("    {line}");
+/// A child process that does something at the same time.
+pub struct Running(Pid);
+
+impl Running {
+    /// Runs `body` in a child process, which says what it found wrong.
+    pub fn start(body: impl FnOnce() -> Result<Vec<String>>) -> Result<Self> {
+        // SAFETY: This process has one thread: the tests run in the main thread, one at a time.
+        match unsafe { fork() }? {
+            ForkResult::Parent { child } => Ok(Self(child)),
+            ForkResult::Child => {
+                let wrong = body().unwrap_or_else(|error| vec![format!("{error:?}")]);
+                for line in &wrong {
+                    eprintln!("    {line}");
+                }
+                // SAFETY: Ends the process without running what belongs to the parent, such as
+                // the destructors of its cgroups.
+                unsafe { libc::_exit(i32::from(!wrong.is_empty())) }
             }
-            // SAFETY: Ends the process without running what belongs to the parent, such as the
-            // destructors of its cgroups.
-            unsafe { libc::_exit(i32::from(!wrong.is_empty())) }
         }
     }
+
+    /// Waits for its end, and fails with what it found wrong.
+    pub fn wait(self) -> Result<()> {
+        let status = waitpid(self.0, None)?;
+        ensure!(
+            matches!(status, WaitStatus::Exited(_, 0)),
+            "the child found something wrong, see above: {status:?}"
+        );
+        Ok(())
+    }
+}
+
+/// Runs `body` in a child process and fails with what it found wrong.
+pub fn in_child(body: impl FnOnce() -> Result<Vec<String>>) -> Result<()> {
+    Running::start(body)?.wait()
 }
 
 /// Nobody may make a user namespace whose root directory is not that of the mount namespace, and

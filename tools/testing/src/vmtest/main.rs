@@ -38,6 +38,7 @@ mod child;
 mod churn;
 mod command;
 mod faults;
+mod fuzz;
 mod guest;
 mod guest_live;
 mod isolation;
@@ -174,6 +175,7 @@ fn tests() -> Result<Vec<Test>> {
         faults::tests(vendor),
         races::tests(vendor)?,
         cgroups::tests()?,
+        fuzz::tests(vendor)?,
         guest::tests(vendor),
         guest_live::tests(vendor)?,
         // What was said between tests, and after the last one, by workers and the like.
