@@ -146,14 +146,6 @@ pub fn name(command: u64) -> String {
     index.map_or(format!("{command:#x}"), |index| NAMES[index].to_string())
 }
 
-/// Whether a command changes something, and so needs CAP_SYS_ADMIN.
-pub fn changes(command: u64) -> bool {
-    matches!(
-        command,
-        uapi::SET_ENABLED | uapi::SET_POLICY | uapi::CLEAR_POLICY | uapi::SET_VM | uapi::RESET_VM
-    )
-}
-
 /// A number that something may stumble over.
 fn odd(random: &mut Random) -> u64 {
     match random.random_range(0..6) {

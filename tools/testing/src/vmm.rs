@@ -721,8 +721,9 @@ impl Vcpu {
             u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
         };
         let vectors = |at: usize| -> Vec<u32> {
-            let set =
-                |vector: &u32| apic(at + (*vector as usize / 32) * 0x10) & 1 << (vector % 32) != 0;
+            let set = |vector: &u32| {
+                apic(at + (*vector as usize / 32) * 0x10) & (1 << (vector % 32)) != 0
+            };
             (0..256).filter(set).collect()
         };
         // What it has just executed, and what comes next; the guest's addresses are physical ones.

@@ -100,7 +100,7 @@ const NOBODY: u32 = 65534;
 const PUBLIC: [&str; 4] = ["enabled", "floor", "supported", "vendor"];
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
-    let rounds = if is_slow_host()? { 20 } else { 200 };
+    let rounds = if is_slow_host()? { 20 } else { 100 };
     let no_mwait = !supported(vendor)?.contains(Exits::MWAIT);
     Ok(vec![
         Test::new("isolation::stranger", stranger),

@@ -69,9 +69,9 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     let asked = env::var(ASKED).ok();
     let asked = asked.map(|asked| asked.parse()).transpose();
     let asked: Option<u64> = asked.with_context(|| format!("{ASKED} is not a number"))?;
-    let number = asked.unwrap_or(if few { 50 } else { 500 });
+    let number = asked.unwrap_or(if few { 10 } else { 50 });
     // What takes a process, or a module, is made fewer times by default: it takes longer.
-    let dear = asked.unwrap_or(if few { 5 } else { 25 });
+    let dear = asked.unwrap_or(if few { 3 } else { 25 });
     type Race = fn(Vendor, u64, u64) -> Result<()>;
     let races: [(&str, Race); 6] = [
         ("vms_and_policies", vms_and_policies),
@@ -392,7 +392,7 @@ fn change_vms(device: &Device, turn: u64) -> Result<()> {
             flags: if one { uapi::VM_VCPU } else { 0 },
             vm: vm.id,
             vcpu_id: if one { turn as u32 % 3 } else { 0 },
-            disable: turn / 2 & 3,
+            disable: (turn / 2) & 3,
             timeout_ms: 1,
             ..Default::default()
         };
