@@ -20,6 +20,7 @@ use std::{
 };
 
 use anyhow::{
+    bail,
     ensure,
     Context,
     Result, //
@@ -83,6 +84,17 @@ impl Drop for Qemu {
     }
 }
 
+/// The kernel of guests: the distribution's, of which the lab has one, whatever the host boots.
+pub fn kernel() -> Result<String> {
+    for entry in fs::read_dir("/boot")? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.starts_with("vmlinuz-") {
+            return Ok(format!("/boot/{name}"));
+        }
+    }
+    bail!("there is no kernel in /boot")
+}
+
 /// Boots, idles and shuts down.
 fn linux(vendor: Vendor, policy: Option<(Exits, Exits)>) -> Result<()> {
     let cgroup = Cgroup::new("machine")?;
@@ -91,8 +103,7 @@ fn linux(vendor: Vendor, policy: Option<(Exits, Exits)>) -> Result<()> {
         ioctl::set_policy(&cgroup, disable, allow)?;
         effective = effective | (disable & allow & supported(vendor)?);
     }
-    let release = nix::sys::utsname::uname()?;
-    let kernel = format!("/boot/vmlinuz-{}", release.release().to_string_lossy());
+    let kernel = kernel()?;
     let child = Command::new("/bin/sh")
         // The shell moves itself, and becomes QEMU there.
         .args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec \"$@\""])

@@ -44,6 +44,7 @@ use testing::{
 };
 
 use crate::{
+    guest::kernel,
     matrix::{
         floor,
         supported, //
@@ -194,8 +195,7 @@ struct Qemu {
 
 impl Qemu {
     fn start(cgroup: &Cgroup) -> Result<Self> {
-        let release = nix::sys::utsname::uname()?;
-        let kernel = format!("/boot/vmlinuz-{}", release.release().to_string_lossy());
+        let kernel = kernel()?;
         let mut child = Command::new("/bin/sh")
             // The shell moves itself, and becomes QEMU there.
             .args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec \"$@\""])
