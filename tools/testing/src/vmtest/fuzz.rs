@@ -435,8 +435,20 @@ impl Field {
         }
     }
 
+    /// Fails if a vCPU has come to an end, which none should, and says how.
+    fn ensure_running(&mut self) -> Result<()> {
+        for vcpu in self.vcpus {
+            if self.vmm.ended(vcpu)? {
+                let report = self.vmm.wait(vcpu)?;
+                bail!("the guest has ended: {report:?}");
+            }
+        }
+        Ok(())
+    }
+
     /// Fails unless both vCPUs go on.
     fn ensure_progress(&mut self) -> Result<()> {
+        self.ensure_running()?;
         for vcpu in self.vcpus {
             let before = self.vmm.progress(vcpu)?;
             let vmm = &mut self.vmm;
@@ -1162,7 +1174,7 @@ fn as_set(meaning: Meaning) -> Option<Exits> {
 /// Root, one operation after the other; after each, the module says what the model says.
 fn model(vendor: Vendor, seed: u64, operations: u32, tally: &mut Tally) -> Result<()> {
     let mut random = fuzz::random(seed, 0);
-    let field = Field::new(vendor, &mut random)?;
+    let mut field = Field::new(vendor, &mut random)?;
     let memory = Memory::new()?;
     let mut model = Model::new(&field)?;
     model.decide();
@@ -1191,6 +1203,7 @@ fn model(vendor: Vendor, seed: u64, operations: u32, tally: &mut Tally) -> Resul
         };
         result
             .and_then(|()| model.compare(&field.device))
+            .and_then(|()| field.ensure_running())
             .with_context(|| format!("operation {number}: {what}"))?;
         if number % 32 == 0 {
             model
