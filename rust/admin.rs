@@ -418,9 +418,7 @@ impl Admin {
 
     /// The worker: does what hooks cannot do.
     fn work(this: &Arc<Self>) {
-        if !this.tidy(this) {
-            Self::wake(this);
-        }
+        this.tidy(this);
         {
             let _changes = this.changes.lock();
             this.engine.change(Scope::Stale);
@@ -433,16 +431,15 @@ impl Admin {
         }
     }
 
-    /// Takes policies of removed cgroups away, and makes and removes `vms/<id>`. Returns whether
-    /// nothing was left to do.
+    /// Takes policies of removed cgroups away, and makes and removes `vms/<id>`.
     ///
     /// What was made is removed first, and no more than [`Admin::AT_ONCE`] is made: VMMs that make VMs
     /// faster than we make directories shall neither keep administrators from the lock, nor fill
     /// memory with directories of VMs that are gone.
-    fn tidy(&self, this: &Arc<Self>) -> bool {
+    fn tidy(&self, this: &Arc<Self>) {
         let mut directories = self.directories.lock();
         let Some(directories) = (*directories).as_mut() else {
-            return true;
+            return;
         };
         let removed = core::mem::replace(&mut *self.removed.lock(), Removed::NONE);
         for &cgroup in removed.ids.iter().take(removed.count) {
@@ -465,14 +462,16 @@ impl Admin {
             } else if let Some((vm, index, vcpu)) = self.engine.vms.next_vcpu_to_publish() {
                 Self::publish_vcpu(this, directories, vm, index, vcpu)
             } else {
-                return true;
+                return;
             };
             if published.is_err() {
                 // Decided on and in the ioctl's list, but not in sysfs.
                 self.engine.count_missed();
             }
         }
-        false
+        // Under the lock: after `unpublish`, which takes it, the worker does not queue itself any
+        // more, so that to settle then is to settle for good.
+        Self::wake(this);
     }
 
     fn remove_if_gone(&self, directories: &mut Directories, cgroup: u64) {
