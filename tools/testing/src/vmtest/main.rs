@@ -184,6 +184,18 @@ fn tests() -> Result<Vec<Test>> {
     Ok(tests.into_iter().flatten().collect())
 }
 
+/// In the environment: the name of the first test to run, where a host before this one hung.
+const FROM: &str = "EXITPOLICY_FROM";
+
+/// Those from that name on.
+fn from(mut tests: Vec<Test>, name: Option<String>) -> Result<Vec<Test>> {
+    if let Some(name) = name {
+        let first = tests.iter().position(|test| test.name == name);
+        tests.drain(..first.with_context(|| format!("{FROM}: there is no test {name}"))?);
+    }
+    Ok(tests)
+}
+
 fn main() -> ExitCode {
     let role: Option<fn() -> Result<()>> = match std::env::args().nth(1).as_deref() {
         Some(SERVE) => Some(server::serve),
@@ -202,7 +214,7 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // One cgroup hierarchy, one module, one kernel log: one test at a time.
     arguments.test_threads = Some(1);
-    match tests() {
+    match tests().and_then(|tests| from(tests, std::env::var(FROM).ok())) {
         Ok(tests) => {
             let trials = tests.into_iter().map(Test::into_trial).collect();
             libtest_mimic::run(&arguments, trials).exit_code()
