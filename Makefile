@@ -6,6 +6,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 PREFIX ?= /usr/local
 DESTDIR ?=
 FUZZ_MINUTES ?= 10
+SOAK_MINUTES ?= 30
 
 # The lab, which builds as root and for its own kernel, has build/lab.
 BUILD := build
@@ -29,6 +30,7 @@ Without one, in emulated hosts (needs root, and Debian 12 or 13):
   make test             run all tests
   make test-debug       run them in a kernel that looks for mistakes (hours)
   make fuzz             hostile input, for FUZZ_MINUTES (10)
+  make soak             everything at once, for SOAK_MINUTES (30)
   make lab-build        build module and command for the emulated hosts
   make lab              set the emulated hosts up, and nothing else
 
@@ -37,7 +39,7 @@ For developers:
   make clean            remove what was built here
 endef
 
-.PHONY: all module command man tests lab lab-build demo test test-debug fuzz check install uninstall clean help
+.PHONY: all module command man tests lab lab-build demo test test-debug fuzz soak check install uninstall clean help
 all: module command man
 
 help:
@@ -100,6 +102,9 @@ test-debug: lab-build lab-module-debug
 
 fuzz: lab-build
 	FUZZ_MINUTES="$(FUZZ_MINUTES)" tools/testing/fuzz
+
+soak: lab-build
+	SOAK_MINUTES="$(SOAK_MINUTES)" tools/testing/soak
 
 check: lab-build
 	tools/lab/enter tools/check "$$(tools/lab/setup --print kdir)"

@@ -47,6 +47,7 @@ mod live;
 mod matrix;
 mod placement;
 mod races;
+mod soak;
 mod stock;
 mod tracing;
 mod wrong_kernel;
@@ -197,16 +198,24 @@ fn from(mut tests: Vec<Test>, name: Option<String>) -> Result<Vec<Test>> {
 }
 
 fn main() -> ExitCode {
-    let role: Option<fn() -> Result<()>> = match std::env::args().nth(1).as_deref() {
-        Some(SERVE) => Some(server::serve),
-        Some(churn::CHURN) => Some(churn::churn),
+    let mut words = std::env::args().skip(1);
+    let role = match words.next().as_deref() {
+        Some(SERVE) => Some(server::serve()),
+        Some(churn::CHURN) => Some(churn::churn()),
+        Some(soak::SOAK) => Some(
+            words
+                .next()
+                .and_then(|minutes| minutes.parse().ok())
+                .context("how many minutes?")
+                .and_then(soak::soak),
+        ),
         _ => None,
     };
-    if let Some(role) = role {
-        return match role() {
+    if let Some(result) = role {
+        return match result {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                eprintln!("{error:#}");
+                eprintln!("{error:?}");
                 ExitCode::FAILURE
             }
         };

@@ -149,10 +149,10 @@ fn race(sides: Vec<Side<'_>>) -> Result<()> {
 }
 
 /// This process in a cgroup, for as long as the value lives, with what VMs it makes.
-struct Here;
+pub struct Here;
 
 impl Here {
-    fn in_cgroup(cgroup: &Cgroup) -> Result<Self> {
+    pub fn in_cgroup(cgroup: &Cgroup) -> Result<Self> {
         cgroup.add_process(process::id() as i32)?;
         Ok(Self)
     }
@@ -167,7 +167,7 @@ impl Drop for Here {
 }
 
 /// A VM with two vCPUs comes and goes.
-fn make_vm() -> Result<()> {
+pub fn make_vm() -> Result<()> {
     let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
     for index in 0..2 {
         vm.create_vcpu(index).context("KVM_CREATE_VCPU")?;
@@ -190,7 +190,7 @@ fn or_lost<T>(result: io::Result<T>) -> Result<()> {
 }
 
 /// A policy is made, changed or taken away.
-fn change_policy(device: &Device, cgroup: &fs::File, turn: u64) -> Result<()> {
+pub fn change_policy(device: &Device, cgroup: &fs::File, turn: u64) -> Result<()> {
     let argument = uapi::Policy {
         flags: uapi::POLICY_DISABLE | uapi::POLICY_ALLOW,
         cgroup_fd: testing::cgroup::fd_of(cgroup),
@@ -342,7 +342,7 @@ fn vms_and_vendor_module(vendor: Vendor, number: u64, dear: u64) -> Result<()> {
 }
 
 /// VMMs that run guests, reset them, add vCPUs, end or are killed.
-fn live_and_die(cgroup: &Cgroup, turn: u64) -> Result<()> {
+pub fn live_and_die(cgroup: &Cgroup, turn: u64) -> Result<()> {
     let mut vmm = Vmm::start(cgroup)?;
     let vm = vmm.create_vm()?;
     vmm.hide_pv_unhalt(vm)?;
@@ -377,16 +377,24 @@ fn change_vms(device: &Device, turn: u64) -> Result<()> {
             ..Default::default()
         }));
     }
-    let mut last = 0;
+    change_others(device, turn, 0).map(drop)
+}
+
+/// Overrides of the VMs of all cgroups but one. Says how many there were.
+pub fn change_others(device: &Device, turn: u64, spared: u64) -> Result<u64> {
+    let (mut last, mut changed) = (0, 0);
     loop {
         let next = uapi::Vm {
             id: last,
             ..Default::default()
         };
         let Ok(vm) = device.vm(uapi::NEXT_VM, next) else {
-            return Ok(());
+            return Ok(changed);
         };
         last = vm.id;
+        if vm.cgroup_id == spared {
+            continue;
+        }
         let one = turn % 4 < 2;
         let argument = Override {
             flags: if one { uapi::VM_VCPU } else { 0 },
@@ -407,6 +415,7 @@ fn change_vms(device: &Device, turn: u64) -> Result<()> {
         } else {
             device.overriding(uapi::SET_VM, argument)
         })?;
+        changed += 1;
     }
 }
 
@@ -429,7 +438,7 @@ fn changes_and_vcpus(_: Vendor, number: u64, dear: u64) -> Result<()> {
 }
 
 /// Reads all there is.
-fn read_all(device: &Device) -> Result<()> {
+pub fn read_all(device: &Device) -> Result<()> {
     or_lost(device.policies())?;
     for vm in device.vms()? {
         or_lost(device.vcpus(vm.id))?;

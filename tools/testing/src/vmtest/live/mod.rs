@@ -68,7 +68,7 @@ mod loaded;
 mod nested;
 mod rules;
 mod timers;
-mod torture;
+pub mod torture;
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     let tests = [
@@ -134,14 +134,14 @@ fn count_pauses(vendor: Vendor) -> Result<()> {
 }
 
 /// A VM that is changed while it runs.
-struct Rig {
+pub struct Rig {
     vendor: Vendor,
     vmm: Vmm,
     vm: usize,
     guest: Guest,
     vcpus: Vec<Thread>,
     /// What the module calls the VM.
-    id: u64,
+    pub id: u64,
 }
 
 /// How a VM is made.
@@ -211,7 +211,7 @@ impl Rig {
         self.vmm.start_run(self.vcpus[index], work)
     }
 
-    fn stop(&mut self) -> Result<()> {
+    pub fn stop(&mut self) -> Result<()> {
         for vcpu in self.vcpus.clone() {
             let report = self.vmm.stop(vcpu)?;
             ensure!(report.stuck_at.is_none(), "{report:?}");
@@ -384,7 +384,7 @@ impl Rig {
         Ok(view)
     }
 
-    fn end(self) -> Result<()> {
+    pub fn end(self) -> Result<()> {
         self.vmm.kill()?;
         interface::ensure_no_vms()
     }

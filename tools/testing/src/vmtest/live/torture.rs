@@ -76,13 +76,13 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
 
 /// More vCPUs than the host has CPUs, by two, and how many of them pass one token around.
 #[derive(Clone, Copy)]
-struct Shape {
+pub struct Shape {
     vcpus: usize,
     ring: usize,
 }
 
 impl Shape {
-    const PAIRS: Self = Self { vcpus: 4, ring: 2 };
+    pub const PAIRS: Self = Self { vcpus: 4, ring: 2 };
     const RING: Self = Self { vcpus: 3, ring: 3 };
 
     fn work(self, vcpu: usize) -> Work {
@@ -100,33 +100,30 @@ impl Shape {
 
 fn torture(vendor: Vendor, flips: u64, shape: Shape, pv_unhalt: bool) -> Result<()> {
     let cgroup = Cgroup::new("own")?;
-    let make = Make {
-        vcpus: shape.vcpus,
-        pv_unhalt,
-        ..Make::default()
-    };
-    let mut rig = Rig::new(vendor, &cgroup, make)?;
-    for vcpu in 0..shape.vcpus {
-        rig.start_one(vcpu, shape.work(vcpu))?;
-    }
+    let mut rig = rig(vendor, &cgroup, shape, pv_unhalt)?;
     let mut torture = Torture::new(&rig, pv_unhalt)?;
-    // Before that, IPIs are dropped.
-    rig.wait(|| torture.params().all(|params| params.ready != 0))?;
-    // Without changes at first: who has `hlt` is not told of PV_UNHALT.
-    torture.rounds(1, false)?;
-    for params in torture.params() {
-        let told = params.kvm_features & KVM_FEATURE_PV_UNHALT != 0;
-        ensure!(told == pv_unhalt, "{params:?}");
-    }
     while torture.flips < flips || torture.meanwhile < flips / 50 {
-        torture.rounds(ROUNDS, true)?;
-        torture.ensure_settled()?;
+        torture.some(ROUNDS)?;
     }
     torture.tell();
     torture.ensure_enough()?;
     rig.reset(None)?;
     rig.stop()?;
     rig.end()
+}
+
+/// A VM that runs, and sleeps and wakes as soon as it is let.
+pub fn rig(vendor: Vendor, cgroup: &Cgroup, shape: Shape, pv_unhalt: bool) -> Result<Rig> {
+    let make = Make {
+        vcpus: shape.vcpus,
+        pv_unhalt,
+        ..Make::default()
+    };
+    let mut rig = Rig::new(vendor, cgroup, make)?;
+    for vcpu in 0..shape.vcpus {
+        rig.start_one(vcpu, shape.work(vcpu))?;
+    }
+    Ok(rig)
 }
 
 /// Sleeps of a vCPU that came to their end.
@@ -138,7 +135,7 @@ fn wakeups(params: &Params) -> u64 {
 }
 
 /// Changes of a VM that sleeps and wakes, one after the other: of the VM and of a vCPU by turns.
-struct Torture<'a> {
+pub struct Torture<'a> {
     rig: &'a Rig,
     device: Device,
     slow: bool,
@@ -165,8 +162,8 @@ struct Torture<'a> {
 }
 
 impl<'a> Torture<'a> {
-    fn new(rig: &'a Rig, pv_unhalt: bool) -> Result<Self> {
-        Ok(Self {
+    pub fn new(rig: &'a Rig, pv_unhalt: bool) -> Result<Self> {
+        let mut torture = Self {
             rig,
             device: Device::open()?,
             slow: is_slow_host()?,
@@ -187,7 +184,26 @@ impl<'a> Torture<'a> {
             before: vec![0; rig.vcpus.len()],
             meanwhile: 0,
             seen: Default::default(),
-        })
+        };
+        // Before that, IPIs are dropped.
+        rig.wait(|| torture.params().all(|params| params.ready != 0))?;
+        // Without changes at first: who has `hlt` is not told of PV_UNHALT.
+        torture.rounds(1, false)?;
+        for params in torture.params() {
+            let told = params.kvm_features & KVM_FEATURE_PV_UNHALT != 0;
+            ensure!(told == pv_unhalt, "{params:?}");
+        }
+        Ok(torture)
+    }
+
+    /// Some rounds under changes, after which nothing is lost and everything is as it should be.
+    /// Says how many changes and wake-ups there were.
+    pub fn some(&mut self, rounds: u32) -> Result<(u64, u64)> {
+        let before = (self.flips, self.before.iter().sum::<u64>());
+        self.rounds(rounds, true)?;
+        self.ensure_settled()?;
+        let wakeups = self.before.iter().sum::<u64>();
+        Ok((self.flips - before.0, wakeups - before.1))
     }
 
     /// What follows on a number, the same in every run: xorshift64.
