@@ -551,8 +551,8 @@ impl CgroupEvents for Admin {
         Self::wake(&this.into());
     }
 
-    fn process_moved(this: ArcBorrow<'_, Self>, process: u32) {
-        if this.engine.vms.process_moved(process) {
+    fn process_moved(this: ArcBorrow<'_, Self>, mm: usize) {
+        if this.engine.vms.process_moved(mm) {
             Self::wake(&this.into());
         }
     }

@@ -128,6 +128,11 @@ impl<'a> Vm<'a> {
         unsafe { ptr::read_volatile(&raw const (*self.ptr.as_ptr()).online_vcpus.counter) as u32 }
     }
 
+    /// The VM as functions of the vendor's have it.
+    pub(crate) fn as_ptr(self) -> *mut bindings::kvm {
+        self.ptr.as_ptr()
+    }
+
     /// The address space that the VM belongs to, as an identity only. Never changes.
     pub(crate) fn mm(self) -> usize {
         // SAFETY: Alive, by the invariant; set by kvm_create_vm() for good.
@@ -140,8 +145,8 @@ impl<'a> Vm<'a> {
         unsafe { ptr::read_volatile(&raw const (*self.ptr.as_ptr()).created_vcpus) }
     }
 
-    /// Whether the guest's registers are out of KVM's reach: SEV-ES and SEV-SNP, and TDX. Set
-    /// before the first vCPU is created (svm/sev.c: __sev_guest_init()).
+    /// Whether the guest's registers are out of KVM's reach, as VMMs ask for it today: TDX, SEV-SNP,
+    /// and VMs that were made for SEV-ES (svm/sev.c: sev_vm_init()). Set when the VM is made.
     pub(crate) fn has_protected_state(self) -> bool {
         // SAFETY: Alive, by the invariant.
         let field = unsafe { &raw const (*self.ptr.as_ptr()).arch.has_protected_state };

@@ -16,7 +16,8 @@ use crate::{
     kernel_ext::{
         cgroup::Cgroup,
         fprobe::Call,
-        ftrace, //
+        ftrace,
+        process::Process, //
     },
     kvm,
     policy::{
@@ -150,12 +151,22 @@ impl Engine {
     }
 
     /// The cgroup that the VM's VMM is in now, and what that one's policies say; nothing if it is
-    /// not in `scope`. What a VMM that has ended got last stays.
+    /// not in `scope`. What a VMM that has ended got last stays: its memory has ended with it, or
+    /// else it goes on in another process.
     fn policies_of(&self, scope: Scope, id: u64) -> Option<(u64, Resolved)> {
-        let (process, last) = self
-            .vms
-            .with(id, |vm, _| (vm.process.clone(), (vm.cgroup, vm.resolved)))?;
+        let (mut process, mm, last) = self.vms.with(id, |vm, _| {
+            (vm.process.clone(), vm.mm, (vm.cgroup, vm.resolved))
+        })?;
         let rcu = rcu::read_lock();
+        if Cgroup::of_process(&process, &rcu).is_none() {
+            // The VM has a reference on its VMM's memory, so that this is nobody else's.
+            if let Some(heir) = Process::with_memory(mm) {
+                let heir_too = heir.clone();
+                // The old one is dropped here, after the lock.
+                drop(self.vms.with(id, |vm, _| vm.inherit(heir_too)));
+                process = heir;
+            }
+        }
         let Some(cgroup) = Cgroup::of_process(&process, &rcu).map(Cgroup::domain) else {
             return matches!(scope, Scope::All).then_some(last);
         };
@@ -311,6 +322,11 @@ impl Engine {
             self.vms.with(id, |vm, kvm| {
                 if let (true, Some(kvm)) = (vm.wants_quiet, kvm) {
                     vm.write_flags(kvm, facts.vendor, true);
+                    // INIT makes KVM look at these flags, too (svm.c: init_vmcb()). A vCPU that got
+                    // one before has the exit back, and asks for a recalculation on its way in.
+                    for vcpu in &mut vm.vcpus {
+                        vcpu.rewrite = true;
+                    }
                     vm.account();
                 }
             });
@@ -407,7 +423,8 @@ impl Vm {
         let known = *self.vcpus.get(index)?;
         let flags = Exits::from_bits_truncate(kvm.disabled_exits());
         let was_in_l2 = known.in_l2;
-        if known.entered && !self.has_to_change(&known) && known.in_force == flags {
+        let as_flags = known.in_force == flags && !known.rewrite;
+        if known.entered && !self.has_to_change(&known) && as_flags {
             // What KVM makes of the flags by itself is left to it.
             self.vcpus.get_mut(index)?.in_l2 = false;
             return Some(was_in_l2);
@@ -426,12 +443,13 @@ impl Vm {
         let open = permitted(target, self.flags);
         let same = known.in_force == open && known.sure;
         let mut in_l2 = false;
-        if !same || open != self.flags {
+        if !same || open != self.flags || known.rewrite {
             match facts.vendor.write_controls(loaded, open) {
                 Ok(()) => {
                     let known = self.vcpus.get_mut(index)?;
                     known.in_force = open;
                     known.sure = true;
+                    known.rewrite = false;
                 }
                 Err(_) => in_l2 = !same,
             }

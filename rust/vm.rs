@@ -110,6 +110,8 @@ pub(crate) struct Vcpu {
     pub(crate) entered: bool,
     /// It could not be changed for being in L2.
     pub(crate) in_l2: bool,
+    /// KVM may have given it other controls since they were looked at, by the flags as they were.
+    pub(crate) rewrite: bool,
     /// The VMM wanted the guest to be told of PV_UNHALT, before the vCPU ran.
     pub(crate) offered_pv_unhalt: bool,
     /// What the guest reads in CPUID has it. Not kept for who was not offered it.
@@ -264,6 +266,13 @@ impl Vm {
         }
     }
 
+    /// The VMM's process has ended, and `heir` has its memory, so that KVM takes it for the VMM
+    /// (virt/kvm/kvm_main.c: kvm_vcpu_ioctl()). Returns what is to be dropped.
+    pub(crate) fn inherit(&mut self, heir: Process) -> Process {
+        self.pid = heir.number();
+        core::mem::replace(&mut self.process, heir)
+    }
+
     /// Brings the flags in step with the vCPUs. `quiet` is whether no CPU looks at a vCPU now.
     pub(crate) fn write_flags(&mut self, kvm: kvm::Vm<'_>, vendor: &dyn Vendor, quiet: bool) {
         // Until one is online, KVM_ENABLE_CAP may be writing them. One that is not known, for lack
@@ -396,8 +405,8 @@ struct Tables {
     by_id: RBTree<u64, Vm>,
     /// The `struct kvm`'s address -> id.
     by_key: RBTree<usize, u64>,
-    /// (VMM, id), for those that look for the VMs of a process.
-    by_pid: RBTree<(u32, u64), ()>,
+    /// (VMM's memory, id), for those that look for the VMs of a process.
+    by_mm: RBTree<(usize, u64), ()>,
     count: u64,
     /// Up to which id there may be a directory in sysfs.
     published: u64,
@@ -426,7 +435,7 @@ impl Vms {
                     last_id: 0,
                     by_id: RBTree::new(),
                     by_key: RBTree::new(),
-                    by_pid: RBTree::new(),
+                    by_mm: RBTree::new(),
                     count: 0,
                     published: 0,
                     unpublished_vcpu: u64::MAX,
@@ -469,7 +478,7 @@ impl Vms {
     pub(crate) fn add(&self, key: usize, new: New) -> Result<u64> {
         let by_id = RBTreeNodeReservation::new(GFP_ATOMIC)?;
         let by_key = RBTreeNodeReservation::new(GFP_ATOMIC)?;
-        let by_pid = RBTreeNodeReservation::new(GFP_ATOMIC)?;
+        let by_mm = RBTreeNodeReservation::new(GFP_ATOMIC)?;
         let pid = new.process.number();
         let mut tables = self.tables.lock();
         if let Some(id) = tables.by_key.get(&key).copied() {
@@ -510,7 +519,7 @@ impl Vms {
         };
         tables.by_id.insert(by_id.into_node(id, vm));
         tables.by_key.insert(by_key.into_node(key, id));
-        tables.by_pid.insert(by_pid.into_node((pid, id), ()));
+        tables.by_mm.insert(by_mm.into_node((new.mm, id), ()));
         tables.count += 1;
         Ok(id)
     }
@@ -628,16 +637,16 @@ impl Vms {
         }
     }
 
-    /// Has the VMs of a process looked at, and returns whether there are any. Any context
-    /// but NMI and interrupts.
-    pub(crate) fn process_moved(&self, pid: u32) -> bool {
+    /// Has the VMs of processes with this memory looked at, and returns whether there are any. Any
+    /// context but NMI and interrupts.
+    pub(crate) fn process_moved(&self, mm: usize) -> bool {
         let mut tables = self.tables.lock();
-        let Tables { by_id, by_pid, .. } = &mut *tables;
+        let Tables { by_id, by_mm, .. } = &mut *tables;
         let mut found = false;
         let mut from = 0;
-        while let Some(cursor) = by_pid.cursor_lower_bound(&(pid, from)) {
+        while let Some(cursor) = by_mm.cursor_lower_bound(&(mm, from)) {
             let (owner, id) = *cursor.current().0;
-            if owner != pid {
+            if owner != mm {
                 break;
             }
             if let Some(vm) = by_id.get_mut(&id) {
@@ -703,13 +712,13 @@ impl Tables {
     fn forget(&mut self, key: usize) -> Option<Forgotten> {
         let id = *self.by_key.get(&key)?;
         let key = self.by_key.remove_node(&key);
-        let mut pid = None;
+        let mut mm = None;
         let mut hold = None;
         if let Some(vm) = self.by_id.get_mut(&id) {
             hold = vm.hold.take();
-            pid = Some(vm.pid);
+            mm = Some(vm.mm);
         }
-        let pid = pid.and_then(|pid| self.by_pid.remove_node(&(pid, id)));
+        let mm = mm.and_then(|mm| self.by_mm.remove_node(&(mm, id)));
         let mut vm = self.by_id.remove_node(&id);
         if vm.is_some() {
             self.count -= 1;
@@ -721,7 +730,7 @@ impl Tables {
         }
         Some(Forgotten {
             _key: key,
-            _pid: pid,
+            _mm: mm,
             _vm: vm,
             _hold: hold,
         })
@@ -731,7 +740,7 @@ impl Tables {
 /// What is in no tree any more.
 struct Forgotten {
     _key: Option<RBTreeNode<usize, u64>>,
-    _pid: Option<RBTreeNode<(u32, u64), ()>>,
+    _mm: Option<RBTreeNode<(usize, u64), ()>>,
     _vm: Option<RBTreeNode<u64, Vm>>,
     _hold: Option<ModuleRef>,
 }

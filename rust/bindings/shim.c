@@ -197,6 +197,40 @@ struct pid *exitpolicy_task_process(struct task_struct *task)
 	return process;
 }
 
+const void *exitpolicy_task_memory(struct task_struct *task)
+{
+	struct task_struct *thread;
+	const void *mm = NULL;
+
+	rcu_read_lock();
+	for_each_thread(task, thread) {
+		mm = READ_ONCE(thread->mm);
+		if (mm)
+			break;
+	}
+	rcu_read_unlock();
+	return mm;
+}
+
+struct pid *exitpolicy_memory_process(const void *mm)
+{
+	struct task_struct *process, *thread;
+	struct pid *found = NULL;
+
+	rcu_read_lock();
+	for_each_process_thread(process, thread) {
+		/* A kernel thread has borrowed it. */
+		if (READ_ONCE(thread->mm) != mm ||
+		    READ_ONCE(thread->flags) & (PF_EXITING | PF_KTHREAD))
+			continue;
+		found = get_pid(task_tgid(thread));
+		if (found)
+			break;
+	}
+	rcu_read_unlock();
+	return found;
+}
+
 struct pid *exitpolicy_pid_get(struct pid *pid)
 {
 	return get_pid(pid);
@@ -240,6 +274,41 @@ void exitpolicy_walk_open_files(exitpolicy_file_fn fn, void *data)
 			break;
 	}
 	rcu_read_unlock();
+}
+
+bool exitpolicy_svm_is_encrypted(struct kvm *kvm)
+{
+#ifdef CONFIG_KVM_AMD_SEV
+	return to_kvm_sev_info(kvm)->es_active;
+#else
+	return false;
+#endif
+}
+
+u64 exitpolicy_vmread(u32 field)
+{
+	u64 value = 0;
+
+	asm volatile("1: vmread %[field], %[value]\n\t"
+		     "2:\n\t"
+		     _ASM_EXTABLE(1b, 2b)
+		     : [value] "+r" (value)
+		     : [field] "r" ((u64)field)
+		     : "cc", "memory");
+	return value;
+}
+
+bool exitpolicy_vmwrite(u32 field, u64 value)
+{
+	asm goto("1: vmwrite %[value], %[field]\n\t"
+		 "jna %l[error]\n\t"
+		 _ASM_EXTABLE(1b, %l[fault])
+		 : : [field] "r" ((u64)field), [value] "r" (value)
+		 : "cc", "memory" : error, fault);
+fault:
+	return true;
+error:
+	return false;
 }
 
 struct kvm_vcpu *exitpolicy_vcpu(struct kvm *kvm, unsigned int index)

@@ -61,6 +61,13 @@ void *exitpolicy_file_data(const struct file *file);
 /* The thread group of a task, with a reference. */
 struct pid *exitpolicy_task_process(struct task_struct *task);
 struct pid *exitpolicy_pid_get(struct pid *pid);
+/*
+ * The memory of a task's process, as an identity, or NULL; and a process that has
+ * this memory, with a reference, or NULL.  Processes share it that clone(2) has
+ * made with CLONE_VM.  The latter looks at all threads that there are.
+ */
+const void *exitpolicy_task_memory(struct task_struct *task);
+struct pid *exitpolicy_memory_process(const void *mm);
 u32 exitpolicy_pid_number(struct pid *pid);
 
 /*
@@ -94,6 +101,15 @@ void exitpolicy_set_intercept_for_msr(struct kvm_vcpu *vcpu, u32 msr,
 void exitpolicy_switch_to_sw_timer(struct kvm_vcpu *vcpu);
 
 bool exitpolicy_cpu_has_idle_hlt(void);
+/* Of a VM of kvm-amd's: SEV-ES or SEV-SNP. */
+bool exitpolicy_svm_is_encrypted(struct kvm *kvm);
+/*
+ * As KVM's own (vmx_ops.h), these do nothing when VMX is off, as it is on all CPUs
+ * from kvm_shutdown() on, while tasks still run.  vmwrite says whether the VMCS took
+ * it, or would have.
+ */
+u64 exitpolicy_vmread(u32 field);
+bool exitpolicy_vmwrite(u32 field, u64 value);
 bool exitpolicy_on_hyperv(void);
 
 /* Calls fn while no other CPU does anything that preemption is disabled for. */

@@ -227,10 +227,10 @@ pub(crate) trait CgroupEvents: Send + Sync + Sized + 'static {
     /// before you believe it. Called with interrupts disabled; must not sleep.
     fn cgroup_removed(this: ArcBorrow<'_, Self>, id: u64);
 
-    /// A task, and its process with it or not, was moved to another cgroup of some hierarchy.
-    /// `process` is the thread group's number in the initial pid namespace. Called with interrupts
+    /// A task, and its process with it or not, was moved to another cgroup of some hierarchy. `mm`
+    /// is the address of its memory, which other processes may share. Called with interrupts
     /// disabled; must not sleep.
-    fn process_moved(this: ArcBorrow<'_, Self>, process: u32);
+    fn process_moved(this: ArcBorrow<'_, Self>, mm: usize);
 }
 
 /// Calls a handler for each cgroup that is removed and each task that is moved, until it is
@@ -273,7 +273,11 @@ impl<T: CgroupEvents> CgroupWatch<T> {
             // SAFETY: As in `removed`.
             let handler = unsafe { <Arc<T> as ForeignOwnable>::borrow(data) };
             // SAFETY: The tracepoint fires with a task that its caller holds.
-            T::process_moved(handler, unsafe { (*task).tgid } as u32);
+            let mm = unsafe { shim::exitpolicy_task_memory(task.cast()) };
+            // Neither a kernel thread nor a process that has ended has any.
+            if !mm.is_null() {
+                T::process_moved(handler, mm.addr());
+            }
         }
 
         Ok(Self {

@@ -132,6 +132,25 @@ pub(crate) enum Parent<'a, P: Attributes> {
     Directory(&'a Directory<P>),
 }
 
+impl<P: Attributes> Parent<'_, P> {
+    fn kobject(&self) -> *mut bindings::kobject {
+        match self {
+            // SAFETY: A global that the kernel sets up before any module is loaded.
+            Self::Kernel => unsafe { bindings::kernel_kobj },
+            Self::Directory(directory) => directory.kobject.get(),
+        }
+    }
+
+    /// Changes who may look into a directory that is here. It cannot be asked for when that one is
+    /// made. Fails with [`ENOENT`] if there is none of this name.
+    pub(crate) fn set_mode(&self, name: &'static CStr, mode: u16) -> Result {
+        // For all that it is called, it changes anything with that name.
+        let directory = Attribute::<()>::new(name, 0);
+        // SAFETY: The kobject has been added. The attribute is a name, for this call.
+        to_result(unsafe { bindings::sysfs_chmod_file(self.kobject(), &directory.inner, mode) })
+    }
+}
+
 /// A directory in sysfs.
 ///
 /// Dropping it removes the directory with its files, waits for those that are being read or
@@ -173,11 +192,7 @@ impl<T: Attributes> Directory<T> {
         data: T,
     ) -> Result<Pin<KBox<Self>>> {
         let name = CString::try_from_fmt(name)?;
-        let parent = match parent {
-            // SAFETY: A global that the kernel sets up before any module is loaded.
-            Parent::Kernel => unsafe { bindings::kernel_kobj },
-            Parent::Directory(directory) => directory.kobject.get(),
-        };
+        let parent = parent.kobject();
         let this = KBox::try_pin_init(
             try_pin_init!(Self {
                 data,
@@ -213,18 +228,6 @@ impl<T: Attributes> Directory<T> {
             })?;
         }
         Ok(this)
-    }
-
-    /// Lets nobody but root see what is in a directory below this one. Fails with [`ENOENT`] if
-    /// there is none of this name.
-    pub(crate) fn hide(&self, name: &'static CStr) -> Result {
-        // The mode of a directory cannot be asked for when it is made; this changes that of anything
-        // with that name, for all that it is called.
-        let directory = Attribute::<()>::new(name, 0);
-        // SAFETY: The kobject has been added. The attribute is a name, for this call.
-        to_result(unsafe {
-            bindings::sysfs_chmod_file(self.kobject.get(), &directory.inner, 0o700)
-        })
     }
 
     /// # Safety

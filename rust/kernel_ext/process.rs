@@ -5,13 +5,16 @@
 //! C header: [`include/linux/pid.h`](srctree/include/linux/pid.h).
 
 use crate::bindings as shim;
-use core::ptr::NonNull;
+use core::{
+    ffi::c_void,
+    ptr::NonNull, //
+};
 use kernel::{
     bindings,
     task::Task, //
 };
 
-/// A thread group, that may have ended. Its number is not used again while there is a reference.
+/// A thread group, that may have ended. Then its number can be another one's.
 ///
 /// # Invariants
 ///
@@ -32,7 +35,17 @@ impl Process {
         NonNull::new(pid.cast()).map(Self)
     }
 
-    /// Its number in the initial pid namespace.
+    /// One that has this memory, the address of a `struct mm_struct` that is not freed meanwhile.
+    /// There are several if clone(2) has made them with CLONE_VM. Looks at all threads of the host.
+    /// Any context.
+    pub(crate) fn with_memory(mm: usize) -> Option<Self> {
+        // SAFETY: The address is compared only.
+        let pid = unsafe { shim::exitpolicy_memory_process(mm as *const c_void) };
+        // INVARIANT: Returned with a reference.
+        NonNull::new(pid.cast()).map(Self)
+    }
+
+    /// Its number in the initial pid namespace, which it had if it has ended.
     pub(crate) fn number(&self) -> u32 {
         // SAFETY: Valid, by the type invariant.
         unsafe { shim::exitpolicy_pid_number(self.as_ptr()) }

@@ -79,7 +79,14 @@ impl Vendor for Svm {
     }
 
     fn limits(&self, vcpu: kvm::Vcpu<'_>) -> (Limits, Refusal) {
-        if vcpu.vm().is_some_and(kvm::Vm::has_protected_state) {
+        // Not has_protected_state() alone: KVM_SEV_ES_INIT, migration and mirrors make SEV-ES VMs
+        // without it (svm/sev.c: sev_guest_init(), sev_migrate_from()).
+        let is_encrypted = |vm: kvm::Vm<'_>| {
+            // SAFETY: A VM of kvm-amd, that is alive.
+            vm.has_protected_state()
+                || unsafe { bindings::exitpolicy_svm_is_encrypted(vm.as_ptr()) }
+        };
+        if vcpu.vm().is_some_and(is_encrypted) {
             return (Limits::ENCRYPTED, Refusal::Protected);
         }
         // No limit for PV_UNHALT: a kick makes the vCPU leave the guest, which ends a native HLT

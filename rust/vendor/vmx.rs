@@ -21,7 +21,6 @@ use crate::{
     }, //
 };
 use core::{
-    arch::asm,
     ptr,
     sync::atomic::{
         AtomicU32,
@@ -178,35 +177,15 @@ impl CurrentVmcs {
 
     /// VMREAD.
     fn read(&self, field: bindings::vmcs_field) -> u64 {
-        let value: u64;
-        // SAFETY: A VMCS is current, by the invariant. The field exists, or else the instruction
-        // fails and leaves the register as it was.
-        unsafe {
-            asm!(
-                "vmread {value}, {field}",
-                value = inout(reg) 0u64 => value,
-                field = in(reg) u64::from(field),
-                options(nostack),
-            );
-        }
-        value
+        // SAFETY: A VMCS is current, by the invariant. If the field does not exist, or VMX is off
+        // on a host that is going down, this is 0.
+        unsafe { bindings::exitpolicy_vmread(field) }
     }
 
     /// VMWRITE.
     fn write(&self, field: bindings::vmcs_field, value: u64) {
-        let failed: u8;
         // SAFETY: A VMCS is current, by the invariant; the callers write what KVM writes there.
-        unsafe {
-            asm!(
-                "vmwrite {field}, {value}",
-                "setna {failed}",
-                field = in(reg) u64::from(field),
-                value = in(reg) value,
-                failed = out(reg_byte) failed,
-                options(nostack),
-            );
-        }
-        if failed != 0 {
+        if !unsafe { bindings::exitpolicy_vmwrite(field, value) } {
             pr_warn_once!("cannot write {:#x} to VMCS field {:#x}\n", value, field);
         }
     }

@@ -51,11 +51,14 @@ impl Sysfs {
             Parent::<()>::Kernel,
             RootFiles(admin.clone()),
         )?;
+        // Names alone tell how many VMs others have, and how large; and who has a directory open
+        // can list it for ever. So nobody gets near these before their mode is right.
+        Parent::<()>::Kernel.set_mode(c"exitpolicy", 0o700)?;
         let cgroups = Directory::new(fmt!("cgroups"), Parent::Directory(&root), ())?;
         let vms = Directory::new(fmt!("vms"), Parent::Directory(&root), ())?;
-        // Names alone tell how many VMs others have, and how large.
-        root.hide(c"cgroups")?;
-        root.hide(c"vms")?;
+        Parent::Directory(&root).set_mode(c"cgroups", 0o700)?;
+        Parent::Directory(&root).set_mode(c"vms", 0o700)?;
+        Parent::<()>::Kernel.set_mode(c"exitpolicy", 0o755)?;
         Admin::publish(admin, cgroups, vms);
         Ok(Self {
             _published: Published(admin.clone()),

@@ -5,7 +5,11 @@
 use std::{
     fs,
     os::fd::AsRawFd,
-    sync::Arc,
+    process,
+    sync::{
+        atomic::AtomicBool,
+        Arc, //
+    },
     thread, //
 };
 
@@ -24,7 +28,8 @@ use testing::{
         ioctl,
         sysfs,
         SwitchedOff,
-        VcpuView, //
+        VcpuView,
+        VmView, //
     },
     payload::Payload,
     server::{
@@ -44,13 +49,17 @@ use testing::{
 };
 
 use crate::{
-    child::in_child,
+    child::{
+        in_child,
+        in_same_memory, //
+    },
     matrix::{
         check_exits_of,
         check_guest,
         floor,
         supported, //
     },
+    races::Here,
     Test, //
 };
 
@@ -87,6 +96,9 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("placement::leader_gone", move || leader_gone(vendor)),
         Test::new("placement::vm_without_vcpu", vm_without_vcpu),
         Test::new("placement::fork", fork),
+        Test::new("placement::memory_outlives_process", move || {
+            memory_outlives_process(vendor)
+        }),
         Test::new("placement::vmm_killed", vmm_killed),
         Test::new("placement::switched_off", move || switched_off(vendor)),
         Test::new("placement::cgroup_removed", cgroup_removed),
@@ -451,6 +463,45 @@ fn vm_without_vcpu() -> Result<()> {
     let info = Device::open()?.info()?;
     ensure!(info.missed == 0, "missed {}", info.missed);
     Ok(())
+}
+
+/// The process that made the first vCPU ends, and another one goes on with its memory: for KVM, that
+/// one is the VMM, too.
+fn memory_outlives_process(vendor: Vendor) -> Result<()> {
+    let floor = floor(vendor)?;
+    let (one, other) = (Cgroup::new("one")?, Cgroup::new("other")?);
+    let here = Here::in_cgroup(&one)?;
+    let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
+    let mut vcpu = in_same_memory(|| vm.create_vcpu(0))??;
+    let mut check = |view: &VmView, cgroup: &Cgroup, effective: Exits| -> Result<()> {
+        ensure!(
+            view.cgroup == cgroup.path() && view.effective == effective,
+            "{view:?}"
+        );
+        let report = vcpu.run(Work::new(Payload::Hlt, 2), &AtomicBool::new(false))?;
+        let exits = if effective.contains(Exits::HLT) { 0 } else { 2 };
+        ensure!(report.halt_exits == exits, "{report:?}");
+        Ok(())
+    };
+    let view = interface::only_vm()?;
+    ensure!(view.pid != process::id() as i32, "{view:?}");
+    check(&view, &one, floor)?;
+
+    ioctl::set_policy(&one, Exits::HLT, Exits::ALL)?;
+    let view = interface::only_vm()?;
+    ensure!(view.pid == process::id() as i32, "{view:?}");
+    check(&view, &one, floor | Exits::HLT)?;
+
+    other.add_process(process::id() as i32)?;
+    ensure!(
+        soon(|| Ok(interface::only_vm()?.cgroup == other.path()))?,
+        "the move was not seen: {:?}",
+        interface::only_vm()?
+    );
+    check(&interface::only_vm()?, &other, floor)?;
+    drop((vcpu, vm));
+    drop(here);
+    interface::ensure_no_vms()
 }
 
 /// A forked child holds the VM and can do nothing with it.
