@@ -57,6 +57,9 @@ const HARMLESS: [&str; 2] = [
 /// What announces a call trace that is no complaint: memory was missing, as the tests of that want.
 const NO_MEMORY: &str = "vmalloc error: ";
 
+/// Where that call trace ends.
+const END_OF_TRACE: &str = " </TASK>";
+
 /// The kernel's log from some moment on.
 pub struct KernelLog(File);
 
@@ -107,8 +110,9 @@ pub fn bad_lines(lines: &[String]) -> Vec<&str> {
     let mut no_memory = false;
     let bad = |line: &&str| {
         no_memory |= line.contains(NO_MEMORY);
-        if no_memory && line.starts_with("Call Trace:") {
-            no_memory = false;
+        no_memory &= *line != END_OF_TRACE;
+        // Functions are named, each behind a space.
+        if no_memory && (*line == "Call Trace:" || line.starts_with(' ')) {
             return false;
         }
         let lower = line.to_lowercase();
@@ -146,9 +150,12 @@ mod tests {
         let lines = [
             "vmtest: vmalloc error: size 1152, align 0x1, vm_struct allocation failed",
             "Call Trace:",
+            " ? kasan_save_track+0x4f/0x70",
+            " </TASK>",
+            " ? kasan_save_track+0x4f/0x70",
             "Call Trace:",
         ]
         .map(String::from);
-        assert_eq!(bad_lines(&lines), [&lines[2]]);
+        assert_eq!(bad_lines(&lines), [&lines[4], &lines[5]]);
     }
 }
