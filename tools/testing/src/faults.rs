@@ -7,6 +7,7 @@
 
 use std::{
     fs,
+    ops::Range,
     path::{
         Path,
         PathBuf, //
@@ -21,12 +22,21 @@ use anyhow::{
 };
 
 const FAILSLAB: &str = "/sys/kernel/debug/failslab";
+const FAIL_PAGE_ALLOC: &str = "/sys/kernel/debug/fail_page_alloc";
+const SLABS: &str = "/sys/kernel/slab";
 const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
 
 /// Whether this kernel can do it.
 pub fn are_possible() -> bool {
     Path::new(FAILSLAB).exists()
 }
+
+/// Memory of those who watch the others, kmemleak and debugobjects: they make do without it.
+const OF_WATCHERS: [&str; 3] = [
+    "debug_objects_cache",
+    "kmemleak_object",
+    "kmemleak_scan_area",
+];
 
 /// Whose allocations fail, for as long as the value lives.
 pub struct Faults {
@@ -40,53 +50,83 @@ pub struct Outcome<T> {
     pub failed: bool,
 }
 
+/// The kernel's workers, each of which has an allocation to fail.
+pub struct Workers {
+    nth: u32,
+    armed: Vec<PathBuf>,
+}
+
+/// How far workers got.
+#[derive(PartialEq, Eq)]
+pub enum Progress {
+    /// An allocation failed.
+    Failed,
+    /// There were allocations, and fewer than that.
+    Fewer,
+    /// They had none.
+    Idle,
+}
+
 impl Faults {
     /// Those with code of a module on the stack.
     pub fn of_module(name: &str) -> Result<Self> {
-        let symbols = fs::read_to_string("/proc/kallsyms")?;
-        let owner = format!("[{name}]");
-        let code = symbols.lines().filter_map(|line| {
-            // "address type name [module]"
-            let mut words = line.split_whitespace();
-            let (address, kind) = (words.next()?, words.next()?);
-            let is_code = matches!(kind, "t" | "T") && words.nth(1) == Some(owner.as_str());
-            is_code
-                .then(|| u64::from_str_radix(address, 16).ok())
-                .flatten()
-        });
-        let code: Vec<u64> = code.collect();
-        let first = code.iter().min().context("the module has no code")?;
-        let last = code.iter().max().context("the module has no code")?;
+        let functions = functions(name)?;
+        let first = functions.first().context("the module has no code")?.0;
+        let last = functions.last().context("the module has no code")?.0;
         // The last function is no longer than that.
-        Self::with_range(*first, last + 0x1000)
+        Self::with_code(first..last + 0x1000, 0..0)
     }
 
-    /// Those with code of any module on the stack, one that is just being loaded included.
-    pub fn of_any_module() -> Result<Self> {
+    /// Those with code of a module on the stack that is yet to be loaded, or of any other one.
+    ///
+    /// Without those of the files that each VM has in debugfs: one is like the other, and they are
+    /// as many as all the rest.
+    pub fn of_module_to_come() -> Result<Self> {
         let symbols = fs::read_to_string("/proc/kallsyms")?;
         let end = symbols.lines().find(|line| line.ends_with(" _end"));
         let end = end.and_then(|line| line.split(' ').next());
         let end = u64::from_str_radix(end.context("no _end in /proc/kallsyms")?, 16)?;
         ensure!(end != 0, "/proc/kallsyms hides addresses");
-        Self::with_range(end, u64::MAX - 1)
+        let kvm = functions("kvm")?;
+        let at = kvm.iter().position(|it| it.1 == "kvm_create_vm_debugfs");
+        let at = at.context("KVM has no kvm_create_vm_debugfs")?;
+        let next = kvm.get(at + 1).context("no function behind it")?;
+        Self::with_code(end..u64::MAX - 1, kvm[at].0..next.0)
     }
 
-    fn with_range(start: u64, end: u64) -> Result<Self> {
+    /// Those with some code on the stack, and no other code.
+    fn with_code(required: Range<u64>, rejected: Range<u64>) -> Result<Self> {
         let mut faults = Self { saved: Vec::new() };
         for (file, value) in [
-            ("require-start", format!("{start:#x}")),
-            ("require-end", format!("{end:#x}")),
+            ("require-start", format!("{:#x}", required.start)),
+            ("require-end", format!("{:#x}", required.end)),
+            ("reject-start", format!("{:#x}", rejected.start)),
+            ("reject-end", format!("{:#x}", rejected.end)),
             ("stacktrace-depth", "32".to_string()),
             ("ignore-gfp-wait", "N".to_string()),
+            ("cache-filter", "Y".to_string()),
             ("verbose", "0".to_string()),
             ("times", "-1".to_string()),
         ] {
-            let path = Path::new(FAILSLAB).join(file);
-            let before = fs::read_to_string(&path)?;
-            fs::write(&path, &value).with_context(|| format!("{file} = {value}"))?;
-            faults.saved.push((path, before));
+            faults.set(Path::new(FAILSLAB).join(file), &value)?;
         }
+        for cache in fs::read_dir(SLABS)? {
+            let cache = cache?;
+            if !OF_WATCHERS.iter().any(|name| cache.file_name() == *name) {
+                faults.set(cache.path().join("failslab"), "1")?;
+            }
+        }
+        // fail-nth counts whole pages, too, whoever allocates them.
+        faults.set(Path::new(FAIL_PAGE_ALLOC).join("require-end"), "0")?;
         Ok(faults)
+    }
+
+    fn set(&mut self, path: PathBuf, value: &str) -> Result<()> {
+        let what = || format!("{} = {value}", path.display());
+        let before = fs::read_to_string(&path).with_context(what)?;
+        fs::write(&path, value).with_context(what)?;
+        self.saved.push((path, before));
+        Ok(())
     }
 
     /// Does something of which the nth allocation, from 1 on, fails.
@@ -120,27 +160,70 @@ impl Faults {
         bail!("there is no end of allocations");
     }
 
-    /// Makes the nth allocation of each of the kernel's workers fail, or none with 0.
-    pub fn arm_workers(&self, nth: u32) -> Result<()> {
+    /// Makes the nth allocation of each of the kernel's workers fail.
+    pub fn arm_workers(&self, nth: u32) -> Result<Workers> {
+        let mut workers = Workers {
+            nth,
+            armed: Vec::new(),
+        };
         for entry in fs::read_dir("/proc")? {
             let path = entry?.path();
             let comm = fs::read_to_string(path.join("comm"));
+            let file = path.join("fail-nth");
             // They come and go.
-            if comm.is_ok_and(|comm| comm.starts_with("kworker/")) {
-                let _ = fs::write(path.join("fail-nth"), nth.to_string());
+            if comm.is_ok_and(|comm| comm.starts_with("kworker/"))
+                && fs::write(&file, nth.to_string()).is_ok()
+            {
+                workers.armed.push(file);
             }
         }
-        Ok(())
+        Ok(workers)
     }
 }
 
 impl Drop for Faults {
     fn drop(&mut self) {
-        let _ = self.arm_workers(0);
-        for (path, before) in &self.saved {
+        for (path, before) in self.saved.iter().rev() {
             let _ = fs::write(path, before.trim());
         }
     }
+}
+
+impl Workers {
+    /// How far the one got that got farthest.
+    pub fn progress(&self) -> Progress {
+        let left = |file| fs::read_to_string(file).ok()?.trim().parse().ok();
+        match self.armed.iter().filter_map(left).min() {
+            Some(0) => Progress::Failed,
+            Some(left) if left < self.nth => Progress::Fewer,
+            _ => Progress::Idle,
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        for file in &self.armed {
+            let _ = fs::write(file, "0");
+        }
+    }
+}
+
+/// Where the functions of a module begin, and their names, in ascending order.
+fn functions(module: &str) -> Result<Vec<(u64, String)>> {
+    let owner = format!("[{module}]");
+    let mut functions = Vec::new();
+    for line in fs::read_to_string("/proc/kallsyms")?.lines() {
+        // "address type name [module]"
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if let [address, "t" | "T", name, of] = words[..] {
+            if of == owner {
+                functions.push((u64::from_str_radix(address, 16)?, name.to_string()));
+            }
+        }
+    }
+    functions.sort_unstable();
+    Ok(functions)
 }
 
 /// Memory that nobody refers to any more.
@@ -155,17 +238,18 @@ impl Leaks {
         Ok(Self(()))
     }
 
-    /// Fails if something was allocated since, by this module's code, and lost.
+    /// Fails if something was allocated since, by this module's code or while a module was
+    /// initialised, and lost. A module that is not loaded any more has no names.
     pub fn ensure_none(self, module: &str) -> Result<()> {
         // An object is told of when it was seen lost in two scans.
         for _ in 0..2 {
             fs::write(KMEMLEAK, "scan")?;
         }
         let text = fs::read_to_string(KMEMLEAK)?;
-        let owner = format!("[{module}]");
+        let owners = [format!("[{module}]"), "do_one_initcall".to_string()];
         let ours = text
             .split("unreferenced object")
-            .filter(|object| object.contains(&owner));
+            .filter(|object| owners.iter().any(|owner| object.contains(owner)));
         let ours: Vec<&str> = ours.collect();
         ensure!(ours.is_empty(), "memory was lost: {}", ours.join("\n"));
         Ok(())

@@ -42,6 +42,7 @@ mod fuzz;
 mod guest;
 mod guest_live;
 mod isolation;
+mod kunit;
 mod lifecycle;
 mod live;
 mod matrix;
@@ -173,6 +174,7 @@ fn tests() -> Result<Vec<Test>> {
         wrong_kernel::tests(vendor)?,
         isolation::tests(vendor)?,
         live::tests(vendor)?,
+        kunit::tests(),
         faults::tests(vendor),
         races::tests(vendor)?,
         cgroups::tests()?,
