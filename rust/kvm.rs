@@ -133,6 +133,12 @@ impl<'a> Vm<'a> {
         self.ptr.as_ptr()
     }
 
+    /// Whether the VMM's address space is there, or has ended with the last process that had it.
+    pub(crate) fn has_memory(self) -> bool {
+        // SAFETY: Alive, by the invariant.
+        unsafe { bindings::exitpolicy_vm_memory_is_used(self.as_ptr()) }
+    }
+
     /// The address space that the VM belongs to, as an identity only. Never changes.
     pub(crate) fn mm(self) -> usize {
         // SAFETY: Alive, by the invariant; set by kvm_create_vm() for good.

@@ -154,13 +154,15 @@ impl Engine {
     /// not in `scope`. What a VMM that has ended got last stays: its memory has ended with it, or
     /// else it goes on in another process.
     fn policies_of(&self, scope: Scope, id: u64) -> Option<(u64, Resolved)> {
-        let (mut process, mm, last) = self.vms.with(id, |vm, _| {
-            (vm.process.clone(), vm.mm, (vm.cgroup, vm.resolved))
+        let (mut process, mm, last) = self.vms.with(id, |vm, kvm| {
+            let mm = kvm.is_some_and(kvm::Vm::has_memory).then_some(vm.mm);
+            (vm.process.clone(), mm, (vm.cgroup, vm.resolved))
         })?;
         let rcu = rcu::read_lock();
         if Cgroup::of_process(&process, &rcu).is_none() {
-            // The VM has a reference on its VMM's memory, so that this is nobody else's.
-            if let Some(heir) = Process::with_memory(mm) {
+            // The VM holds its VMM's `struct mm_struct`, so that it is nobody else's; if the VM goes
+            // meanwhile, what is found is of no use.
+            if let Some(heir) = mm.and_then(Process::with_memory) {
                 let heir_too = heir.clone();
                 // The old one is dropped here, after the lock.
                 drop(self.vms.with(id, |vm, _| vm.inherit(heir_too)));

@@ -212,6 +212,12 @@ const void *exitpolicy_task_memory(struct task_struct *task)
 	return mm;
 }
 
+bool exitpolicy_vm_memory_is_used(struct kvm *kvm)
+{
+	/* kvm_create_vm() holds the structure, and not what it describes. */
+	return atomic_read(&kvm->mm->mm_users) > 0;
+}
+
 struct pid *exitpolicy_memory_process(const void *mm)
 {
 	struct task_struct *process, *thread;

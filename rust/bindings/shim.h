@@ -68,6 +68,8 @@ struct pid *exitpolicy_pid_get(struct pid *pid);
  */
 const void *exitpolicy_task_memory(struct task_struct *task);
 struct pid *exitpolicy_memory_process(const void *mm);
+/* Whether there may be such a process for a VM. */
+bool exitpolicy_vm_memory_is_used(struct kvm *kvm);
 u32 exitpolicy_pid_number(struct pid *pid);
 
 /*
