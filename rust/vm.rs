@@ -713,9 +713,9 @@ impl Tables {
         let id = *self.by_key.get(&key)?;
         let key = self.by_key.remove_node(&key);
         let mut mm = None;
-        let mut hold = None;
         if let Some(vm) = self.by_id.get_mut(&id) {
-            hold = vm.hold.take();
+            // Now, and not after the lock: who sees that no VM holds the module can unload it.
+            vm.hold = None;
             mm = Some(vm.mm);
         }
         let mm = mm.and_then(|mm| self.by_mm.remove_node(&(mm, id)));
@@ -732,7 +732,6 @@ impl Tables {
             _key: key,
             _mm: mm,
             _vm: vm,
-            _hold: hold,
         })
     }
 }
@@ -742,5 +741,4 @@ struct Forgotten {
     _key: Option<RBTreeNode<usize, u64>>,
     _mm: Option<RBTreeNode<(usize, u64), ()>>,
     _vm: Option<RBTreeNode<u64, Vm>>,
-    _hold: Option<ModuleRef>,
 }
