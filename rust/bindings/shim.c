@@ -306,15 +306,16 @@ u64 exitpolicy_vmread(u32 field)
 
 bool exitpolicy_vmwrite(u32 field, u64 value)
 {
-	asm goto("1: vmwrite %[value], %[field]\n\t"
-		 "jna %l[error]\n\t"
-		 _ASM_EXTABLE(1b, %l[fault])
-		 : : [field] "r" ((u64)field), [value] "r" (value)
-		 : "cc", "memory" : error, fault);
-fault:
-	return true;
-error:
-	return false;
+	bool failed = false;
+
+	asm volatile("1: vmwrite %[value], %[field]\n\t"
+		     "setna %[failed]\n\t"
+		     "2:\n\t"
+		     _ASM_EXTABLE(1b, 2b)
+		     : [failed] "+q" (failed)
+		     : [field] "r" ((u64)field), [value] "r" (value)
+		     : "cc", "memory");
+	return !failed;
 }
 
 struct kvm_vcpu *exitpolicy_vcpu(struct kvm *kvm, unsigned int index)

@@ -83,8 +83,8 @@ impl Vendor for Svm {
         // without it (svm/sev.c: sev_guest_init(), sev_migrate_from()).
         let is_encrypted = |vm: kvm::Vm<'_>| {
             // SAFETY: A VM of kvm-amd, that is alive.
-            vm.has_protected_state()
-                || unsafe { bindings::exitpolicy_svm_is_encrypted(vm.as_ptr()) }
+            let is_sev_es = unsafe { bindings::exitpolicy_svm_is_encrypted(vm.as_ptr()) };
+            is_sev_es || vm.has_protected_state()
         };
         if vcpu.vm().is_some_and(is_encrypted) {
             return (Limits::ENCRYPTED, Refusal::Protected);
