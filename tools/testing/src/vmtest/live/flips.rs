@@ -281,10 +281,10 @@ fn cost(vendor: Vendor, changes: u32) -> Result<()> {
              {recalculations:?} times",
             changed.total()
         );
-        // One request for each change, or for several while it is on its way, and none for who does
-        // not change.
+        // One request for each change, or for several while it is on its way, or again for one that
+        // was taken and not followed yet, on a slow host; and none for who does not change.
         ensure!(
-            (1..=u64::from(changes)).contains(&recalculations[0]) && recalculations[1] == 0,
+            (1..=2 * u64::from(changes)).contains(&recalculations[0]) && recalculations[1] == 0,
             "controls were written {recalculations:?} times for {changes} changes of one vCPU"
         );
         for exits in [&changed, &other] {
