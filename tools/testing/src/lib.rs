@@ -12,6 +12,7 @@ pub mod kernel_log;
 pub mod modules;
 pub mod nested;
 pub mod payload;
+pub mod resets;
 pub mod server;
 pub mod stats;
 pub mod uapi;

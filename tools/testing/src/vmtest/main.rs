@@ -30,6 +30,7 @@ use testing::{
         KernelLog, //
     },
     modules,
+    resets,
     server, //
 };
 
@@ -90,13 +91,16 @@ impl Test {
             name, body, stock, ..
         } = self;
         let run = move || {
-            let result = match run(stock, &body) {
-                Err(error) if is_emulators_reset(&error) => {
-                    eprintln!("    REPEATED, as the emulator has reset a guest: {error:#}");
+            resets::forget();
+            let result = run(stock, &body).or_else(|error| match emulators_reset() {
+                Some(reset) => {
+                    eprintln!(
+                        "    REPEATED, as the emulator has reset a guest: {reset}: {error:#}"
+                    );
                     run(stock, &body)
                 }
-                result => result,
-            };
+                None => Err(error),
+            });
             result.map_err(|error| Failed::from(format!("{error:?}")))
         };
         Trial::test(name, run).with_ignored_flag(self.ignored)
@@ -109,9 +113,11 @@ fn is_qemu() -> bool {
 }
 
 /// QEMU's SVM resets a guest now and then, also with KVM as it is (tools/lab/README.md). No guest of
-/// ours does that by itself.
-fn is_emulators_reset(error: &anyhow::Error) -> bool {
-    is_qemu() && format!("{error:?}").contains("the guest left KVM by Shutdown at 0xfff0")
+/// ours does that by itself. Says so if it was so since the last call.
+fn emulators_reset() -> Option<String> {
+    let noted = resets::noted().filter(|_| is_qemu());
+    resets::forget();
+    noted
 }
 
 /// Keeps KVM's tracepoint for exits switched on, so that a test that counts them does not have the
@@ -248,6 +254,7 @@ fn main() -> ExitCode {
             }
         };
     }
+    resets::note_in(Path::new("/run/exitpolicy-resets"));
     let mut arguments = Arguments::from_args();
     // One cgroup hierarchy, one module, one kernel log: one test at a time.
     arguments.test_threads = Some(1);
