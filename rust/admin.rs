@@ -37,7 +37,7 @@ use crate::{
     },
 };
 use kernel::{
-    bindings, impl_has_work, new_mutex, new_work,
+    bindings, impl_has_delayed_work, new_delayed_work, new_mutex,
     prelude::*,
     rbtree::{
         RBTree,
@@ -53,7 +53,7 @@ use kernel::{
     time::Delta,
     workqueue::{
         self,
-        Work,
+        DelayedWork,
         WorkItem, //
     },
 };
@@ -77,7 +77,7 @@ pub(crate) struct Admin {
     #[pin]
     removed: RawSpinLock<Removed>,
     #[pin]
-    work: Work<Self>,
+    work: DelayedWork<Self>,
 }
 
 /// `cgroups` and `vms`, with what is below them. Field order is drop order: children first.
@@ -132,8 +132,8 @@ impl Removed {
     };
 }
 
-impl_has_work! {
-    impl HasWork<Self> for Admin { self.work }
+impl_has_delayed_work! {
+    impl HasDelayedWork<Self> for Admin { self.work }
 }
 
 impl Admin {
@@ -148,7 +148,7 @@ impl Admin {
                 changes <- new_mutex!((), "exitpolicy_changes"),
                 l2 <- new_mutex!(None, "exitpolicy_l2"),
                 removed <- new_raw_spinlock!(Removed::NONE, "exitpolicy_removed"),
-                work <- new_work!("exitpolicy_work"),
+                work <- new_delayed_work!("exitpolicy_work"),
             }),
             GFP_KERNEL,
         )
@@ -181,14 +181,17 @@ impl Admin {
 
     /// Lets the worker bring sysfs up to date. Any context but NMI.
     pub(crate) fn wake(this: &Arc<Self>) {
-        // An error says that it is queued already.
-        let _ = workqueue::system_long().enqueue(this.clone());
+        // At the next tick: to wake a thread takes a VMM longer than a decision does, and its other
+        // vCPUs come at once. Not bound to its CPU, as it may be alone there. An error says that it
+        // is queued already.
+        let _ = workqueue::system_unbound().enqueue_delayed(this.clone(), 1);
     }
 
-    /// Waits until the worker is idle.
+    /// Waits until the worker is idle, and does not let it wait.
     pub(crate) fn settle(&self) {
-        // SAFETY: The work is initialised, and pinned in `self`.
-        unsafe { bindings::flush_work(Work::raw_get(&self.work)) };
+        let work: *const DelayedWork<Self> = &self.work;
+        // SAFETY: The work is initialised, and pinned in `self`; a `DelayedWork` is a `delayed_work`.
+        unsafe { bindings::flush_delayed_work(work.cast_mut().cast()) };
     }
 
     /// Changes those sets of a cgroup's policy that are given, makes the policy if there is none,

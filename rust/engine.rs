@@ -53,6 +53,11 @@ pub(crate) struct Facts {
     pub(crate) floor: Exits,
 }
 
+/// The cgroup whose policies and whose ancestors' are those of a task.
+fn domain_of<'rcu>(task: &Task, rcu: &'rcu rcu::Guard) -> &'rcu Cgroup {
+    Cgroup::of_task(task, rcu).domain()
+}
+
 /// What the hooks use and what the administrator reads and writes.
 ///
 /// All of it may be used in atomic context and from any number of CPUs.
@@ -278,7 +283,7 @@ impl Engine {
             Some(id) => {
                 // What has changed until the VM could be seen was not seen to concern it.
                 let again = self.generation.load(Acquire) != generation
-                    || self.policies_of_task(task).0 != cgroup;
+                    || domain_of(task, &rcu::read_lock()).id() != cgroup;
                 self.vms.with(id, |vm, _| {
                     vm.stale |= again;
                     self.decided(vm, clamped);
@@ -302,7 +307,7 @@ impl Engine {
     /// The domain cgroup of a task, and what its policies say.
     fn policies_of_task(&self, task: &Task) -> (u64, Resolved) {
         let rcu = rcu::read_lock();
-        let cgroup = Cgroup::of_task(task, &rcu).domain();
+        let cgroup = domain_of(task, &rcu);
         (cgroup.id(), self.store.resolve(cgroup))
     }
 
@@ -373,7 +378,7 @@ impl Engine {
                 let new = New {
                     process: Process::of(task)?,
                     mm: vm.mm(),
-                    cgroup: self.policies_of_task(task).0,
+                    cgroup: domain_of(task, &rcu::read_lock()).id(),
                     floor: facts.floor,
                     requested,
                     flags,
