@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a Linux guest exits for while it works, and while it does not: an unmodified QEMU, and
+//! programs that others have written.
+//!
+//! Exits are counted, and no time is taken: each work is a fixed amount of it.
+
+use std::{
+    fs,
+    io::{
+        BufRead,
+        BufReader,
+        Write, //
+    },
+    path::Path,
+    process::{
+        Child,
+        ChildStdin,
+        ChildStdout,
+        Command,
+        Stdio, //
+    }, //
+};
+
+use anyhow::{
+    bail,
+    ensure,
+    Context,
+    Result, //
+};
+use exitpolicy_policy::Exits;
+use figures::{
+    Figure,
+    Unit, //
+};
+
+use crate::{
+    cgroup::Cgroup,
+    exits::{
+        Counter,
+        Counts,
+        Vendor, //
+    },
+    interface::{
+        self,
+        ioctl, //
+    }, //
+};
+
+pub const GROUP: &str = "guest";
+
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+/// Where `tools/bench/run` puts it.
+const IMAGE: &str = "/usr/local/share/exitpolicy/bench-guest.img";
+
+/// What the guest does (`tools/lab/host/bench-init`), what that is, and by how many vCPUs: waiting
+/// for a lock means something where its holder can be without a CPU.
+const WORKS: [(&str, &str, usize); 3] = [
+    ("messages", "16,000 messages through pipes, 2 vCPUs", 2),
+    ("idle", "an idle second, 2 vCPUs", 2),
+    ("locks", "2,000 operations on semaphores, 4 vCPUs", 4),
+];
+
+/// A way to run the guest: what it is called, QEMU's -cpu, and what a policy gives.
+const CASES: [(&str, &str, Option<Exits>); 4] = [
+    ("trapped", "host", None),
+    ("trapped, no pvspinlock", "host,-kvm-pv-unhalt", None),
+    ("hlt passed through", "host", Some(Exits::HLT)),
+    ("all passed through", "host", Some(Exits::ALL)),
+];
+
+/// All works in all cases, each `repeats` times in one guest.
+pub fn measure(repeats: usize) -> Result<Vec<Figure>> {
+    let mut figures = Vec::new();
+    for (case, cpu, disable) in CASES {
+        for vcpus in [2, 4] {
+            let cgroup = Cgroup::new("bench-guest")?;
+            if let Some(disable) = disable {
+                ioctl::set_policy(&cgroup, disable, Exits::ALL)?;
+            }
+            let mut guest = Guest::boot(&cgroup, cpu, vcpus)?;
+            for (work, name, _) in WORKS.iter().filter(|(_, _, count)| *count == vcpus) {
+                let runs = (0..repeats)
+                    .map(|_| guest.work(work))
+                    .collect::<Result<Vec<_>>>()
+                    .with_context(|| format!("{case}: {work}"))?;
+                eprintln!("exitpolicy-bench: {case}: {work}: {runs:?}");
+                figures.push(figure(name, case, runs)?);
+            }
+            guest.end()?;
+            interface::ensure_no_vms()?;
+        }
+    }
+    Ok(figures)
+}
+
+/// All exits, and by reason those of the run that is in the middle.
+fn figure(name: &str, case: &str, mut runs: Vec<Counts>) -> Result<Figure> {
+    runs.sort_by_key(Counts::total);
+    let values = runs.iter().map(|run| run.total() as i64).collect();
+    let mut figure = Figure::new(GROUP, name, case, Unit::Exits, values)?;
+    let vendor = Vendor::of_host()?;
+    let middle = runs[(runs.len() - 1) / 2].by_name(vendor);
+    figure.reasons = middle
+        .into_iter()
+        .map(|(reason, count)| (reason, count as f64))
+        .collect();
+    Ok(figure)
+}
+
+/// QEMU with a guest that does as it is told, and dies with the value.
+struct Guest {
+    qemu: Child,
+    orders: ChildStdin,
+    console: BufReader<ChildStdout>,
+    seen: String,
+    counter: Counter,
+}
+
+impl Guest {
+    fn boot(cgroup: &Cgroup, cpu: &str, vcpus: usize) -> Result<Self> {
+        for file in [QEMU, IMAGE] {
+            ensure!(Path::new(file).exists(), "there is no {file}");
+        }
+        let mut qemu = Command::new("/bin/sh")
+            // The shell moves itself, and becomes QEMU there.
+            .args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec \"$@\""])
+            .arg(cgroup.directory())
+            .arg(QEMU)
+            .args(["-machine", "microvm,isa-serial=on,rtc=on,acpi=on"])
+            // Threads with names: the vCPUs are to be found.
+            .args(["-name", "bench,debug-threads=on"])
+            .args(["-accel", "kvm", "-m", "384", "-cpu", cpu])
+            .args(["-smp", &vcpus.to_string()])
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-no-reboot", "-serial", "stdio"])
+            .args(["-kernel", &kernel()?, "-initrd", IMAGE])
+            .args(["-append", "console=ttyS0 quiet panic=-1"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let orders = qemu.stdin.take().context("no pipe")?;
+        let mut console = BufReader::new(qemu.stdout.take().context("no pipe")?);
+        let mut seen = String::new();
+        let ready = wait_for(&mut console, &mut seen, "guest: ready");
+        let counter = ready.and_then(|()| Counter::of_all(&vcpu_threads(qemu.id(), vcpus)?));
+        match counter {
+            Ok(counter) => Ok(Self {
+                qemu,
+                orders,
+                console,
+                seen,
+                counter,
+            }),
+            Err(error) => {
+                qemu.kill()?;
+                qemu.wait()?;
+                Err(error)
+            }
+        }
+    }
+
+    /// All exits of all vCPUs so far.
+    fn exits(&self) -> Result<Counts> {
+        Ok(Counts::sum(&self.counter.read()?))
+    }
+
+    /// What a work costs in exits, with the few for being told of it.
+    fn work(&mut self, name: &str) -> Result<Counts> {
+        let before = self.exits()?;
+        writeln!(self.orders, "{name}")?;
+        let done = format!("guest: done {name}");
+        wait_for(&mut self.console, &mut self.seen, &done)?;
+        Ok(before.until(&self.exits()?))
+    }
+
+    fn end(mut self) -> Result<()> {
+        writeln!(self.orders, "end")?;
+        let status = self.qemu.wait()?;
+        ensure!(status.success(), "QEMU: {status}");
+        Ok(())
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+/// The kernel of guests: the distribution's, of which the lab has one.
+fn kernel() -> Result<String> {
+    for entry in fs::read_dir("/boot")? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.starts_with("vmlinuz-") {
+            return Ok(format!("/boot/{name}"));
+        }
+    }
+    bail!("there is no kernel in /boot")
+}
+
+/// Reads on until there is a line with this in it.
+fn wait_for(console: &mut impl BufRead, seen: &mut String, what: &str) -> Result<()> {
+    loop {
+        let mut line = Vec::new();
+        let length = console.read_until(b'\n', &mut line)?;
+        ensure!(
+            length > 0,
+            "QEMU ended before '{what}', its console:\n{seen}"
+        );
+        let line = String::from_utf8_lossy(&line);
+        seen.push_str(&line);
+        ensure!(!line.contains("guest: failed"), "{seen}");
+        if line.contains(what) {
+            return Ok(());
+        }
+    }
+}
+
+/// The threads of a process that run vCPUs.
+fn vcpu_threads(pid: u32, vcpus: usize) -> Result<Vec<i32>> {
+    let mut tids = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let entry = entry?;
+        let name = fs::read_to_string(entry.path().join("comm"))?;
+        if name.trim().ends_with("/KVM") {
+            tids.push(entry.file_name().to_string_lossy().parse()?);
+        }
+    }
+    ensure!(
+        tids.len() == vcpus,
+        "{} threads run {vcpus} vCPUs",
+        tids.len()
+    );
+    Ok(tids)
+}

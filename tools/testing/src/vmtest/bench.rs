@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A quick form of the benches, where instructions can be counted: what must cost nothing costs
+//! nothing, and what must not grow does not. All figures are `make bench`'s.
+
+use std::collections::BTreeMap;
+
+use anyhow::{
+    ensure,
+    Context,
+    Result, //
+};
+use figures::Unit;
+use testing::bench::{
+    decision,
+    idle,
+    unit, //
+};
+
+use crate::Test;
+
+/// Policies on the host.
+const MANY: usize = 1_000;
+
+pub fn tests() -> Vec<Test> {
+    let counted = unit().is_ok_and(|unit| unit == Unit::Instructions);
+    let tests = [
+        Test::new("bench::idle_costs_nothing", idle_costs_nothing),
+        Test::new("bench::decisions_cost_the_same", decisions_cost_the_same),
+    ];
+    tests.map(|test| test.ignored(!counted)).into()
+}
+
+/// CPUID and IPIs cost a guest the same number of instructions with the module absent, loaded, and
+/// loaded with many policies. Where two vCPUs share the only CPU, the host's scheduler is part of it,
+/// which is the same but for a few.
+fn idle_costs_nothing() -> Result<()> {
+    let mut by_name: BTreeMap<String, Vec<(String, i64)>> = BTreeMap::new();
+    for figure in idle::measure(100, MANY)? {
+        let cases = by_name.entry(figure.name).or_default();
+        cases.push((figure.case, figure.median));
+    }
+    eprintln!("    {by_name:?}");
+    for (name, cases) in by_name {
+        let without = cases[0].1;
+        let slack = if name.contains("both halt") {
+            without / 1000
+        } else {
+            0
+        };
+        let is_same = |median: i64| (median - without).abs() <= slack;
+        ensure!(
+            cases.len() == 3 && cases.iter().all(|(_, median)| is_same(*median)),
+            "{name}: {cases:?}"
+        );
+    }
+    Ok(())
+}
+
+/// A decision among many policies costs what one among few does.
+fn decisions_cost_the_same() -> Result<()> {
+    let figures = decision::by_policies(9, &[1, MANY])?;
+    let of = |name: &str, case: &str| {
+        let mut figures = figures.iter();
+        let figure = figures.find(|figure| figure.name == name && figure.case == case);
+        figure
+            .map(|figure| figure.median)
+            .with_context(|| format!("no {name}, {case}"))
+    };
+    let without = of(decision::VCPU, "absent")?;
+    let few = of(decision::VCPU, "1 policies")? - without;
+    let many = of(decision::VCPU, &format!("{MANY} policies"))? - without;
+    let creation = of(decision::WHOLE, "absent")?;
+    eprintln!("    a decision: {few} and {many} instructions, of {creation} for a VM");
+    // What a tree takes more for so many, and no more.
+    ensure!(many < few + few / 4, "it grows with the number of policies");
+    ensure!(many < creation / 100, "it is more than 1 % of making a VM");
+    Ok(())
+}
