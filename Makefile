@@ -31,6 +31,8 @@ Without one, in emulated hosts (needs root, and Debian 12 or 13):
   make test-debug       run them in a kernel that looks for mistakes (hours)
   make fuzz             hostile input, for FUZZ_MINUTES (10)
   make soak             everything at once, for SOAK_MINUTES (30)
+  make bench            measure what passing exits through saves, and what the module costs
+  make selftests        run the self-tests of Linux's KVM, without and with it
   make lab-build        build module and command for the emulated hosts
   make lab              set the emulated hosts up, and nothing else
 
@@ -39,7 +41,7 @@ For developers:
   make clean            remove what was built here
 endef
 
-.PHONY: all module command man tests lab lab-build demo test test-debug fuzz soak check install uninstall clean help
+.PHONY: all module command man tests steady lab lab-build demo test test-debug fuzz soak bench selftests check install uninstall clean help
 all: module command man
 
 help:
@@ -48,16 +50,21 @@ help:
 
 # --- building -----------------------------------------------------------------
 
-# The kernel's build wants none of cargo's flags.
-kbuild = env -u RUSTFLAGS $(MAKE) M="$(CURDIR)" MO="$(CURDIR)/$(BUILD)/module"
+# $(call kbuild,SOURCE,NAME) for the modules of a directory. The kernel's build wants none of
+# cargo's flags.
+kbuild = env -u RUSTFLAGS $(MAKE) M="$(1)" MO="$(CURDIR)/$(BUILD)/$(2)"
 
-module:
+define modules
 	@set -e; \
 	dir=$$(tools/kernel dir "$(KDIR)"); \
 	args=$$(tools/kernel make "$$dir"); \
 	images=$$(tools/kernel images "$$dir"); \
-	mkdir -p $(BUILD)/module; \
-	$(kbuild) -C "$$dir" KVM_IMAGES="$$images" $$args modules
+	mkdir -p $(BUILD)/$(2); \
+	$(call kbuild,$(1),$(2)) -C "$$dir" KVM_IMAGES="$$images" $$args modules
+endef
+
+module:
+	$(call modules,$(CURDIR),module)
 	@cp $(BUILD)/module/kvm_exitpolicy.ko $(BUILD)/kvm_exitpolicy.ko
 	@tools/kernel sign "$(KDIR)"
 
@@ -73,8 +80,12 @@ man: command
 	done
 
 tests:
-	$(CARGO) build $(CARGO_FLAGS) --package testing
-	@cp $(addprefix $(BUILD)/cargo/$(TARGET)/release/,exitpolicy-vmtest tinyvmm) $(BUILD)/
+	$(CARGO) build $(CARGO_FLAGS) --package testing --package exitpolicy-bench-report
+	@cp $(addprefix $(BUILD)/cargo/$(TARGET)/release/,exitpolicy-vmtest exitpolicy-bench exitpolicy-bench-report kselftests tinyvmm) $(BUILD)/
+
+# What QEMU hosts load for themselves.
+steady:
+	$(call modules,$(CURDIR)/tools/lab/host/steady,steady)
 
 # --- in emulated hosts --------------------------------------------------------
 
@@ -83,7 +94,7 @@ lab:
 
 lab-build: lab
 	tools/lab/enter make --no-print-directory BUILD=build/lab \
-		KDIR="$$(tools/lab/setup --print kdir)" all tests
+		KDIR="$$(tools/lab/setup --print kdir)" all tests steady
 
 demo: lab-build
 	tools/demo/run
@@ -95,16 +106,24 @@ test: lab-build
 lab-module-%:
 	tools/lab/setup --kernel $*
 	tools/lab/enter make --no-print-directory BUILD=build/lab-$* LLVM=-19 \
-		KDIR="$$(tools/lab/setup --print kdir --kernel $*)" module
+		KDIR="$$(tools/lab/setup --print kdir --kernel $*)" module steady
 
-test-debug: lab-build lab-module-debug
+test-debug: lab-build lab-module-debug lab-module-kcsan
 	tools/testing/run --kernel debug
+	tools/testing/run --kernel kcsan --host amd races::
 
 fuzz: lab-build
 	FUZZ_MINUTES="$(FUZZ_MINUTES)" tools/testing/fuzz
 
+selftests: lab-build
+	tools/lab/setup --selftests
+	tools/testing/selftests
+
 soak: lab-build
 	SOAK_MINUTES="$(SOAK_MINUTES)" tools/testing/soak
+
+bench: lab-build
+	tools/bench/run
 
 check: lab-build
 	tools/lab/enter tools/check "$$(tools/lab/setup --print kdir)"
@@ -122,7 +141,7 @@ install:
 		modinfo -F vermagic $(BUILD)/module/kvm_exitpolicy.ko | grep -qF "$$it " || \
 		{ echo "error: the module was built for another kernel than $$it; run make with this KDIR" >&2; exit 1; }; \
 	done
-	$(kbuild) -C "$(KDIR)" INSTALL_MOD_PATH="$(DESTDIR)" modules_install
+	$(call kbuild,$(CURDIR),module) -C "$(KDIR)" INSTALL_MOD_PATH="$(DESTDIR)" modules_install
 	@# Debian's headers have no System.map, without which the above leaves this out.
 	test -n "$(DESTDIR)" || depmod "$$(cat "$(KDIR)/include/config/kernel.release")"
 	install -D -m 755 $(BUILD)/exitpolicy $(DESTDIR)$(PREFIX)/bin/exitpolicy

@@ -35,6 +35,7 @@ use crate::{
         Answer,
         Request, //
     },
+    timed,
     vmm::{
         ensure_complete,
         Action,
@@ -293,6 +294,28 @@ impl Vmm {
     pub fn prepare(&mut self, vcpu: Thread, work: Work) -> Result<()> {
         let vcpu = vcpu.number;
         self.expect(&Request::Prepare { vcpu, work }).map(drop)
+    }
+
+    /// Makes a vCPU measure when it runs, with another one of the VM, by its index.
+    pub fn prepare_timed(&mut self, vcpu: Thread, work: timed::Work, peer: usize) -> Result<()> {
+        let vcpu = vcpu.number;
+        self.expect(&Request::PrepareTimed { vcpu, work, peer })
+            .map(drop)
+    }
+
+    /// How fast a vCPU's TSC is, in kHz.
+    pub fn tsc_khz(&mut self, vcpu: Thread) -> Result<u32> {
+        let vcpu = vcpu.number;
+        match self.expect(&Request::TscKhz { vcpu })? {
+            Answer::Number(khz) => Ok(khz.try_into()?),
+            other => bail!("not an answer: {other:?}"),
+        }
+    }
+
+    /// Keeps a thread on one CPU.
+    pub fn pin(&mut self, thread: Thread, cpu: usize) -> Result<()> {
+        let thread = thread.number;
+        self.expect(&Request::Pin { thread, cpu }).map(drop)
     }
 
     /// Makes one vCPU go on where another one was.

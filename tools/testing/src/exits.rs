@@ -36,6 +36,12 @@ use crate::payload::Payload;
 /// Where tracefs is.
 pub const TRACEFS: &str = "/sys/kernel/tracing";
 
+/// The functions that ftrace hooks just now, each with what it does there.
+pub fn hooked_functions() -> Result<Vec<String>> {
+    let text = fs::read_to_string(Path::new(TRACEFS).join("enabled_functions"))?;
+    Ok(text.lines().map(str::to_string).collect())
+}
+
 /// Exits by the vendor's own number of the reason.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counts(BTreeMap<u64, u64>);
@@ -76,6 +82,33 @@ impl Vendor {
         }
     }
 
+    /// What a reason is called there, for people: those that a guest of ours brings about.
+    fn reason_name(self, reason: u64) -> String {
+        let name = match (self, reason) {
+            (Self::Vmx, 0) => "exception or NMI",
+            (Self::Vmx, 1) | (Self::Svm, 0x60) => "interrupt",
+            (Self::Vmx, 7) | (Self::Svm, 0x64) => "IRQ window",
+            (Self::Vmx, 10) | (Self::Svm, 0x72) => "CPUID",
+            (Self::Vmx, 12) | (Self::Svm, 0x78 | 0xa6) => "HLT",
+            (Self::Vmx, 28) => "control register",
+            (Self::Vmx, 30) | (Self::Svm, 0x7b) => "I/O",
+            (Self::Vmx, 31) => "RDMSR",
+            (Self::Vmx, 32) => "WRMSR",
+            // EXITINFO1 says which; with the counter for all of them nobody looks.
+            (Self::Svm, 0x7c) => "MSR",
+            (Self::Vmx, 36) | (Self::Svm, 0x8b | 0x8c) => "MWAIT",
+            (Self::Vmx, 39) | (Self::Svm, 0x8a) => "MONITOR",
+            (Self::Vmx, 40) | (Self::Svm, 0x77) => "PAUSE",
+            (Self::Vmx, 18) => "VMCALL",
+            (Self::Svm, 0x81) => "VMMCALL",
+            (Self::Vmx, 48) | (Self::Svm, 0x400) => "page fault",
+            (Self::Vmx, 52) => "preemption timer",
+            (Self::Svm, 0x61) => "exception or NMI",
+            _ => return format!("{reason:#x}"),
+        };
+        name.to_string()
+    }
+
     /// The exits that a payload provokes: one group of reasons for each instruction in it.
     ///
     /// From arch/x86/include/uapi/asm/vmx.h and svm.h. On SVM, HLT exits as IDLE_HLT where the CPU
@@ -107,6 +140,15 @@ impl Counts {
             .collect()
     }
 
+    /// All of them by names, as KVM's own tools have them, or by number.
+    pub fn by_name(&self, vendor: Vendor) -> BTreeMap<String, u64> {
+        let mut named = BTreeMap::new();
+        for (reason, count) in &self.0 {
+            *named.entry(vendor.reason_name(*reason)).or_insert(0) += count;
+        }
+        named
+    }
+
     /// Those that there are in `later` and not yet here.
     pub fn until(&self, later: &Self) -> Self {
         let more = later.0.iter().map(|(reason, count)| {
@@ -114,6 +156,15 @@ impl Counts {
             (*reason, count - before)
         });
         Self(more.filter(|(_, count)| *count > 0).collect())
+    }
+
+    /// Those of several together.
+    pub fn sum(all: &[Self]) -> Self {
+        let mut sum = BTreeMap::new();
+        for (reason, count) in all.iter().flat_map(|counts| &counts.0) {
+            *sum.entry(*reason).or_insert(0) += count;
+        }
+        Self(sum)
     }
 
     /// Exits for the host's own interrupts.
@@ -186,6 +237,64 @@ impl Drop for Histogram {
         let _ = fs::write(self.file("trigger"), format!("!{}", self.trigger));
         let _ = fs::remove_dir(&self.instance);
         DEPTH.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What is counted exactly from one moment to another, by events in a ring buffer with marks.
+pub struct Window {
+    instance: PathBuf,
+}
+
+impl Window {
+    /// Begins to record the exits of some threads.
+    pub fn of(tids: &[i32]) -> Result<Self> {
+        let instance = Path::new(TRACEFS).join("instances/exitpolicy-window");
+        fs::create_dir(&instance).context("cannot make a tracefs instance")?;
+        let window = Self { instance };
+        let event = window.instance.join("events/kvm/kvm_exit");
+        let mine: Vec<String> = tids
+            .iter()
+            .map(|tid| format!("common_pid=={tid}"))
+            .collect();
+        fs::write(event.join("filter"), mine.join("||")).context("which threads' exits")?;
+        fs::write(event.join("enable"), "1").context("is kvm loaded?")?;
+        Ok(window)
+    }
+
+    /// Exits while `body` runs.
+    pub fn exits<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<u64> {
+        let trace = self.instance.join("trace");
+        fs::write(&trace, "").context("cannot clear the trace")?;
+        let mut marker = OpenOptions::new()
+            .append(true)
+            .open(self.instance.join("trace_marker"))?;
+        marker.write_all(b"begin")?;
+        let result = body();
+        marker.write_all(b"end")?;
+        result?;
+        let text = fs::read_to_string(&trace)?;
+        ensure!(
+            !text.contains("LOST"),
+            "events were lost in the trace:\n{text}"
+        );
+        let mark = |mark: &str| {
+            let mut lines = text.lines();
+            let mark = format!("tracing_mark_write: {mark}");
+            lines
+                .position(|line| line.trim_end().ends_with(&mark))
+                .with_context(|| format!("no {mark} in the trace"))
+        };
+        let (begin, end) = (mark("begin")?, mark("end")?);
+        let lines = text.lines().take(end).skip(begin);
+        Ok(lines.filter(|line| line.contains(" kvm_exit: ")).count() as u64)
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // What cannot be removed fails the next one.
+        let _ = fs::write(self.instance.join("events/kvm/kvm_exit/enable"), "0");
+        let _ = fs::remove_dir(&self.instance);
     }
 }
 
@@ -294,6 +403,18 @@ impl Counter {
         );
         Ok(Self {
             histogram: Histogram::start("kvm/kvm_exit", &Self::KEYS, &filter)?,
+            tids: tids.to_vec(),
+        })
+    }
+
+    /// Begins to count all of them.
+    pub fn of_all(tids: &[i32]) -> Result<Self> {
+        let mine: Vec<String> = tids
+            .iter()
+            .map(|tid| format!("common_pid=={tid}"))
+            .collect();
+        Ok(Self {
+            histogram: Histogram::start("kvm/kvm_exit", &Self::KEYS, &mine.join("||"))?,
             tids: tids.to_vec(),
         })
     }

@@ -60,6 +60,16 @@ const NO_MEMORY: &str = "vmalloc error: ";
 /// Where that call trace ends.
 const END_OF_TRACE: &str = " </TASK>";
 
+/// How KCSAN begins a report of a data race, and what ends it.
+const DATA_RACE: &str = "BUG: KCSAN: ";
+const END_OF_DATA_RACE: &str = "=====";
+/// Ours, in a call trace.
+const MODULE: &str = "[kvm_exitpolicy]";
+/// Of the kernel's own functions those that we call, and that race with others of its own: over
+/// `flags` of a task (`kernel/capability.c:ns_capable()` sets PF_SUPERPRIV), and over `data` of a
+/// work that is queued while it begins (`kernel/workqueue.c:process_one_work()`).
+const RACY: [&str; 2] = [" capable+", " queue_work_on+"];
+
 /// The kernel's log from some moment on.
 pub struct KernelLog(File);
 
@@ -105,8 +115,48 @@ impl KernelLog {
     }
 }
 
+/// Whether a report of KCSAN's is about what the module does. The kernel has data races of its own,
+/// also in KVM. An access is the module's if it or a function that it has called makes it, or if
+/// nobody knows who makes it: Rust code is not watched.
+fn is_our_race(report: &[String]) -> bool {
+    if report.iter().any(|line| line.contains("unknown origin")) {
+        return true;
+    }
+    let is_access = |line: &String| {
+        line.split_once(" to 0x")
+            .is_some_and(|(kind, rest)| !kind.starts_with(' ') && rest.contains(" by "))
+    };
+    let starts = (0..report.len()).filter(|&at| is_access(&report[at]));
+    starts.map(|at| &report[at + 1..]).any(|trace| {
+        let racy = |frame: &String| RACY.iter().any(|racy| frame.starts_with(racy));
+        // With one of the C functions between that Rust needs for inline ones.
+        let frames = trace
+            .iter()
+            .take(3)
+            .take_while(|line| line.starts_with(' '));
+        frames.clone().any(|frame| frame.contains(MODULE)) && !frames.clone().any(racy)
+    })
+}
+
 /// Those lines that no test may cause.
 pub fn bad_lines(lines: &[String]) -> Vec<&str> {
+    let mut rest = lines;
+    let mut bad = Vec::new();
+    while let Some(at) = rest.iter().position(|line| line.starts_with(DATA_RACE)) {
+        let report = &rest[at..];
+        let ends = |line: &String| line.starts_with(END_OF_DATA_RACE);
+        let end = report.iter().position(ends).unwrap_or(report.len());
+        bad.extend(bad_lines_but_races(&rest[..at]));
+        if is_our_race(&report[..end]) {
+            bad.push(&report[0]);
+        }
+        rest = &report[end..];
+    }
+    bad.extend(bad_lines_but_races(rest));
+    bad
+}
+
+fn bad_lines_but_races(lines: &[String]) -> Vec<&str> {
     let mut no_memory = false;
     let bad = |line: &&str| {
         no_memory |= line.contains(NO_MEMORY);
@@ -143,6 +193,36 @@ mod tests {
         .map(String::from);
         let bad = bad_lines(&lines);
         assert_eq!(bad, [&lines[0], &lines[2], &lines[4], &lines[5]]);
+    }
+
+    #[test]
+    fn data_races_of_the_module_are_found() {
+        let lines = |text: &str| text.lines().map(String::from).collect::<Vec<_>>();
+        let report = |first: &str, second: &str| {
+            lines(&format!(
+                "==========\nBUG: KCSAN: data-race in a / b\n\n\
+                 write to 0xff1100013ba31140 of 8 bytes by task 82 on cpu 1:\n{first}\n\
+                 x64_sys_call+0x1/0x2\n\n\
+                 read to 0xff1100013ba31140 of 8 bytes by task 10 on cpu 0:\n{second}\n\
+                 Reported by Kernel Concurrency Sanitizer on:\n==========\nWARNING: 1"
+            ))
+        };
+        let count = |first, second| bad_lines(&report(first, second)).len();
+        let (stock, ours) = (" kvm_f+0x1/0x2 [kvm]", " f+0x1/0x2 [kvm_exitpolicy]");
+        // What comes after it is seen in any case.
+        assert_eq!(count(stock, stock), 1);
+        assert_eq!(count(ours, stock), 2);
+        assert_eq!(count(stock, ours), 2);
+        let called = " memcpy+0x1/0x2\n rust_helper_f+0x1/0x2\n f+0x1/0x2 [kvm_exitpolicy]";
+        assert_eq!(count(stock, called), 2);
+        let capable = " capable+0x1/0x2\n f+0x1/0x2 [kvm_exitpolicy]";
+        assert_eq!(count(capable, stock), 1);
+        let far = " f+0x1/0x2\n g+0x1/0x2\n h+0x1/0x2\n f+0x1/0x2 [kvm_exitpolicy]";
+        assert_eq!(count(far, stock), 1);
+        let unknown = lines(
+            "BUG: KCSAN: data-race in a\n\nrace at unknown origin, with read to 0xff of 8 bytes by task 1 on cpu 0:",
+        );
+        assert_eq!(bad_lines(&unknown).len(), 1);
     }
 
     #[test]

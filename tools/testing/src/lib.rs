@@ -2,6 +2,7 @@
 
 //! A small VMM, and what the tests need around it.
 
+pub mod bench;
 pub mod cgroup;
 pub mod client;
 pub mod exits;
@@ -13,8 +14,10 @@ pub mod modules;
 pub mod nested;
 pub mod payload;
 pub mod resets;
+pub mod selftests;
 pub mod server;
 pub mod stats;
+pub mod timed;
 pub mod uapi;
 pub mod vmm;
 

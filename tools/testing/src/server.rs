@@ -39,6 +39,10 @@ use anyhow::{
     Result, //
 };
 use nix::{
+    sched::{
+        sched_setaffinity,
+        CpuSet, //
+    },
     sys::{
         pthread::{
             pthread_kill,
@@ -59,20 +63,26 @@ use nix::{
             Signal, //
         }, //
     },
-    unistd::gettid, //
+    unistd::{
+        gettid,
+        Pid, //
+    }, //
 };
 use serde::{
     Deserialize,
     Serialize, //
 };
 
-use crate::vmm::{
-    Action,
-    Irqchip,
-    Report,
-    Vcpu,
-    Vm,
-    Work, //
+use crate::{
+    timed,
+    vmm::{
+        Action,
+        Irqchip,
+        Report,
+        Vcpu,
+        Vm,
+        Work, //
+    }, //
 };
 
 /// What the VMM is told. VMs, threads and vCPUs are named by number; a vCPU has the number of its
@@ -123,6 +133,16 @@ pub enum Request {
     Act { vcpu: usize, action: Action },
     /// Makes a vCPU begin some work when it runs.
     Prepare { vcpu: usize, work: Work },
+    /// Makes a vCPU measure when it runs, with another one of the VM, by its index.
+    PrepareTimed {
+        vcpu: usize,
+        work: timed::Work,
+        peer: usize,
+    },
+    /// How fast a vCPU's TSC is, in kHz. Answered by [`Answer::Number`].
+    TscKhz { vcpu: usize },
+    /// Keeps a thread on one CPU.
+    Pin { thread: usize, cpu: usize },
     /// Where a vCPU is that does not run. Answered by [`Answer::Text`].
     Describe { vcpu: usize },
     /// Makes one vCPU go on where another one was; both do not run.
@@ -172,6 +192,7 @@ type Job = Box<dyn FnOnce(&mut Option<Vcpu>) + Send>;
 struct VcpuThread {
     jobs: Sender<Job>,
     pthread: Pthread,
+    tid: Pid,
     give_up: Arc<AtomicBool>,
     /// The VM and the vCPU's id in it.
     vcpu: Option<(usize, usize)>,
@@ -286,6 +307,20 @@ impl Server {
                 self.with_vcpu(vcpu, move |vcpu| vcpu.prepare(work))?;
                 Ok(Answer::Done)
             }
+            Request::PrepareTimed { vcpu, work, peer } => {
+                self.with_vcpu(vcpu, move |vcpu| vcpu.prepare_timed(work, peer))?;
+                Ok(Answer::Done)
+            }
+            Request::TscKhz { vcpu } => {
+                let khz = self.with_vcpu(vcpu, |vcpu| vcpu.tsc_khz())?;
+                Ok(Answer::Number(khz.try_into()?))
+            }
+            Request::Pin { thread, cpu } => {
+                let mut cpus = CpuSet::new();
+                cpus.set(cpu)?;
+                sched_setaffinity(self.thread(thread)?.tid, &cpus)?;
+                Ok(Answer::Done)
+            }
             Request::Describe { vcpu } => Ok(Answer::Text(self.with_vcpu(vcpu, Vcpu::describe)?)),
             Request::Migrate { from, to } => {
                 let state = self.with_vcpu(from, Vcpu::save)?;
@@ -319,6 +354,7 @@ impl Server {
         self.threads.push(VcpuThread {
             jobs,
             pthread,
+            tid,
             give_up: Arc::new(AtomicBool::new(false)),
             vcpu: None,
             running: None,

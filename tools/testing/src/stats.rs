@@ -21,9 +21,21 @@ use anyhow::{
 
 nix::ioctl_none!(kvm_get_stats_fd, 0xAE, 0xce);
 
-/// How often the vCPU's guest halted and KVM saw it.
-pub fn halt_exits(vcpu: RawFd) -> Result<u64> {
-    read(vcpu, "halt_exits")
+/// Exits of a vCPU so far.
+pub struct Exits {
+    /// Of every kind.
+    pub all: u64,
+    /// How often its guest halted and KVM saw it.
+    pub halt: u64,
+}
+
+impl Exits {
+    pub fn of(vcpu: RawFd) -> Result<Self> {
+        Ok(Self {
+            all: read(vcpu, "exits")?,
+            halt: read(vcpu, "halt_exits")?,
+        })
+    }
 }
 
 /// `struct kvm_stats_header` and `struct kvm_stats_desc` of include/uapi/linux/kvm.h.

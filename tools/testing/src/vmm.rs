@@ -98,7 +98,11 @@ use crate::{
         KVM_FEATURE_PV_UNHALT, //
     },
     resets,
-    stats, //
+    stats,
+    timed::{
+        self,
+        Words, //
+    }, //
 };
 
 /// Where a vCPU begins that was reset (SDM volume 3, "Processor State After Reset").
@@ -206,6 +210,8 @@ pub struct Report {
     pub pv_unhalt: bool,
     /// By how much KVM's `halt_exits` of this vCPU grew.
     pub halt_exits: u64,
+    /// By how much KVM's `exits` of it did: those of every kind, the last one among them.
+    pub exits: u64,
     /// Where the guest was when it was given up.
     pub stuck_at: Option<u64>,
 }
@@ -308,6 +314,12 @@ impl Memory {
         unsafe { self.address.as_ptr().add(offset) }.cast()
     }
 
+    fn words(&self, index: usize) -> *mut Words {
+        let params: *mut u8 = self.params(index).cast();
+        // SAFETY: Within the same page.
+        unsafe { params.add(timed::WORDS) }.cast()
+    }
+
     fn l1(&self, index: usize) -> *mut nested::L1 {
         let offset = nested_pages(index);
         assert!(offset + PAGE <= MEMORY);
@@ -348,6 +360,25 @@ impl Guest {
         // SAFETY: Mapped and aligned. The guest's words are each written at once, and a copy of
         // them that was not made at one moment is the caller's to deal with.
         unsafe { self.memory.params(index).read_volatile() }
+    }
+
+    /// Interrupts that the guest of a vCPU took that measures.
+    pub fn taken(&self, index: usize) -> u32 {
+        // SAFETY: As in `params`.
+        unsafe { (&raw const (*self.memory.words(index)).taken).read_volatile() }
+    }
+
+    /// The first `count` values that the guest of a vCPU measured, as [`crate::timed`] has them.
+    pub fn samples(&self, index: usize, count: u32) -> Vec<i64> {
+        assert!(index < timed::VCPUS && count <= timed::MOST);
+        let at = timed::SAMPLES + index * timed::SAMPLES_SIZE;
+        // SAFETY: Within the mapping and aligned; the guest does not write any more, or what it does
+        // is written at once.
+        let value = |number: u32| unsafe {
+            let samples: *const i64 = self.memory.address.as_ptr().add(at).cast();
+            samples.add(number as usize).read_volatile()
+        };
+        (0..count).map(value).collect()
     }
 
     /// System management interrupts that the guest took.
@@ -598,6 +629,44 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Makes the vCPU measure when it runs. `peer` is the index of the vCPU that has a part in it.
+    pub fn prepare_timed(&mut self, work: timed::Work, peer: usize) -> Result<()> {
+        ensure!(
+            self.index.max(peer) < timed::VCPUS && work.count <= timed::MOST,
+            "so much does not fit: {work:?}"
+        );
+        self.set_up_once()?;
+        let khz = self.fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")?;
+        let memory = &self.vm.memory;
+        let page = PARAMS + self.index * PAGE;
+        memory.write(page, &[0; PAGE]);
+        let words = Words {
+            operation: work.operation as u32,
+            count: work.count,
+            gap: (u64::from(work.gap_us) * u64::from(khz) / 1000).try_into()?,
+            msr: work.msr,
+            samples: (timed::SAMPLES + self.index * timed::SAMPLES_SIZE) as u64,
+            peer: (PARAMS + peer * PAGE) as u64,
+            peer_id: peer as u32,
+            ..Words::default()
+        };
+        // SAFETY: Mapped and aligned, and the page belongs to this vCPU, which does not run now.
+        unsafe { memory.words(self.index).write_volatile(words) };
+        self.fd.set_regs(&kvm_regs {
+            rip: timed::CODE as u64,
+            rsp: (page + PAGE) as u64,
+            r15: page as u64,
+            rflags: 2,
+            ..Default::default()
+        })?;
+        Ok(())
+    }
+
+    /// How many ticks the guest's TSC has in a ms.
+    pub fn tsc_khz(&self) -> Result<u32> {
+        self.fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")
+    }
+
     /// Makes what the guest needs to have a guest.
     fn prepare_nested(&mut self, intercepts_hlt: bool) -> Result<()> {
         let cpuid = self.vm.cpuid();
@@ -658,11 +727,16 @@ impl Vcpu {
         Ok(())
     }
 
+    /// KVM_RUN of what was prepared, to its end, and nothing else.
+    pub fn enter(&mut self) -> Result<()> {
+        self.run_until_done(&AtomicBool::new(false)).map(drop)
+    }
+
     /// Runs what the vCPU was at, as [`Vcpu::run`] does.
     pub fn go_on(&mut self, give_up: &AtomicBool) -> Result<Report> {
-        let before = stats::halt_exits(self.fd.as_raw_fd())?;
+        let before = stats::Exits::of(self.fd.as_raw_fd())?;
         let end = self.run_until_done(give_up)?;
-        let halt_exits = stats::halt_exits(self.fd.as_raw_fd())? - before;
+        let after = stats::Exits::of(self.fd.as_raw_fd())?;
         // SAFETY: The page belongs to this vCPU, which does not run now.
         let result = unsafe { self.vm.memory.params(self.index).read_volatile() };
         Ok(Report {
@@ -674,7 +748,8 @@ impl Vcpu {
             exceptions: result.exceptions,
             by_sipi: matches!(end, End::Done(DONE_BY_SIPI)),
             pv_unhalt: result.kvm_features & KVM_FEATURE_PV_UNHALT != 0,
-            halt_exits,
+            halt_exits: after.halt - before.halt,
+            exits: after.all - before.all,
             stuck_at: match end {
                 End::Done(_) => None,
                 End::GivenUp(rip) => Some(rip),
@@ -881,8 +956,14 @@ fn build_guest(memory: &Memory) {
     // In 16-bit mode: inc word ptr [SMIS]; rsm.
     memory.write(SMM, &[0xff, 0x06, 0x00, (SMIS >> 8) as u8, 0x0f, 0xaa]);
     memory.write(NESTED_CODE, nested::code());
-    for (vector, offset) in code.handlers {
-        let handler = (CODE + offset) as u64;
+    let (timed, handler) = timed::code();
+    memory.write(timed::CODE, timed);
+    let handlers = code
+        .handlers
+        .map(|(vector, offset)| (vector, CODE + offset));
+    let timed = (timed::VECTOR, timed::CODE + handler);
+    for (vector, handler) in handlers.into_iter().chain([timed]) {
+        let handler = handler as u64;
         let gate = (handler & 0xffff) | (8 << 16) | (0x8e00 << 32) | ((handler >> 16) << 48);
         memory.write_u64(IDT + vector * 16, gate);
         memory.write_u64(IDT + vector * 16 + 8, 0);

@@ -38,7 +38,10 @@ use nix::{
 use testing::{
     cgroup::Cgroup,
     client::Vmm,
-    exits::Vendor,
+    exits::{
+        hooked_functions,
+        Vendor, //
+    },
     interface::{
         self,
         ioctl,
@@ -222,7 +225,7 @@ fn no_sysfs() -> Result<()> {
 
 /// There is nothing of the module.
 pub fn nothing_hooked() -> Result<()> {
-    let hooked = crate::tracing::hooked_functions()?;
+    let hooked = hooked_functions()?;
     ensure!(hooked.is_empty(), "hooks are left: {hooked:?}");
     let kprobes = fs::read_to_string("/sys/kernel/debug/kprobes/list")?;
     ensure!(kprobes.is_empty(), "kprobes are left: {kprobes}");
@@ -241,7 +244,7 @@ fn nothing_is_left_after_unload(vendor: Vendor) -> Result<()> {
     for path in [interface::SYSFS, testing::uapi::DEVICE] {
         ensure!(!Path::new(path).exists(), "{path} is left");
     }
-    let hooked = crate::tracing::hooked_functions()?;
+    let hooked = hooked_functions()?;
     ensure!(hooked.is_empty(), "hooks are left: {hooked:?}");
     for requested in [Exits::NONE, Exits::HLT] {
         let mut vmm = Vmm::start(&cgroup)?;

@@ -35,6 +35,7 @@ use testing::{
 };
 
 mod bad_input;
+mod bench;
 mod cgroups;
 mod child;
 mod churn;
@@ -210,6 +211,7 @@ fn tests() -> Result<Vec<Test>> {
         faults::tests(vendor),
         races::tests(vendor)?,
         cgroups::tests()?,
+        bench::tests(),
         fuzz::tests(vendor)?,
         guest::tests(vendor),
         guest_live::tests(vendor)?,

@@ -109,8 +109,65 @@ impl<'a> Side<'a> {
     }
 }
 
+/// The kernel's own search for data races, in kernels that have it, for as long as the value lives.
+///
+/// It is off at other times: a host would take minutes to boot, and what has no races to find waits
+/// for it, too.
+struct Kcsan {
+    watched: u64,
+}
+
+impl Kcsan {
+    /// `Documentation/dev-tools/kcsan.rst`: "on" and "off", and counters to read.
+    const FILE: &'static str = "/sys/kernel/debug/kcsan";
+    /// How many microseconds an access is watched for, and after how many the next one is. Longer
+    /// and more often than by default: an emulated CPU is one thread among others.
+    const PARAMETERS: [(&'static str, u32); 3] = [
+        ("udelay_task", 1000),
+        ("udelay_interrupt", 300),
+        ("skip_watch", 1000),
+    ];
+
+    fn on() -> Result<Option<Self>> {
+        if !Path::new(Self::FILE).exists() {
+            return Ok(None);
+        }
+        for (name, value) in Self::PARAMETERS {
+            let file = format!("/sys/module/kcsan/parameters/{name}");
+            fs::write(&file, value.to_string()).context(file)?;
+        }
+        fs::write(Self::FILE, "on").context("KCSAN")?;
+        let watched = Self::watched()?;
+        Ok(Some(Self { watched }))
+    }
+
+    /// How many accesses it has looked at.
+    fn watched() -> Result<u64> {
+        let counters = fs::read_to_string(Self::FILE)?;
+        let watched = counters
+            .lines()
+            .find_map(|line| line.strip_prefix("setup_watchpoints: "));
+        Ok(watched.context("KCSAN does not count")?.trim().parse()?)
+    }
+
+    /// What it found is in the kernel's log, where it fails the test.
+    fn ensure_looked(&self) -> Result<()> {
+        let watched = Self::watched()? - self.watched;
+        ensure!(watched > 0, "KCSAN looked at nothing");
+        eprintln!("    KCSAN looked at {watched} accesses");
+        Ok(())
+    }
+}
+
+impl Drop for Kcsan {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::FILE, "off");
+    }
+}
+
 /// Runs all sides at once, each until all have done their number, and says what they did.
 fn race(sides: Vec<Side<'_>>) -> Result<()> {
+    let kcsan = Kcsan::on()?;
     let behind = AtomicU64::new(sides.len() as u64);
     let failed = AtomicBool::new(false);
     let results: Vec<Result<(&str, u64)>> = thread::scope(|scope| {
@@ -125,6 +182,9 @@ fn race(sides: Vec<Side<'_>>) -> Result<()> {
                             .inspect_err(|_| failed.store(true, Ordering::Relaxed))
                             .with_context(|| format!("{}, operation {done}", side.name))?;
                         done += 1;
+                        if done % 1000 == 0 && done <= side.number {
+                            eprintln!("    {}: {done} of {}", side.name, side.number);
+                        }
                         if done == side.number {
                             behind.fetch_sub(1, Ordering::Relaxed);
                         }
@@ -145,7 +205,7 @@ fn race(sides: Vec<Side<'_>>) -> Result<()> {
     });
     let done: Vec<(&str, u64)> = results.into_iter().collect::<Result<_>>()?;
     eprintln!("    {done:?}");
-    Ok(())
+    kcsan.as_ref().map_or(Ok(()), Kcsan::ensure_looked)
 }
 
 /// This process in a cgroup, for as long as the value lives, with what VMs it makes.

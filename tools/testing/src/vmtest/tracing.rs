@@ -17,6 +17,7 @@ use testing::{
     cgroup::Cgroup,
     client::Vmm,
     exits::{
+        hooked_functions,
         Vendor,
         TRACEFS, //
     },
@@ -34,12 +35,6 @@ pub fn tests(vendor: Vendor) -> Vec<Test> {
         Test::new("tracing::hooks", move || hooks(vendor)),
         Test::new("tracing::decision", decision),
     ]
-}
-
-/// The functions that ftrace hooks just now, each with what it does there.
-pub fn hooked_functions() -> Result<Vec<String>> {
-    let text = fs::read_to_string(Path::new(TRACEFS).join("enabled_functions"))?;
-    Ok(text.lines().map(str::to_string).collect())
 }
 
 /// Five functions are hooked, none of them on the entry/exit path, and not by function-graph,

@@ -17,6 +17,7 @@ use testing::{
     cgroup::Cgroup,
     client::Vmm,
     exits::{
+        hooked_functions,
         Counter,
         Vendor, //
     },
@@ -53,7 +54,6 @@ use super::{
 use crate::{
     is_slow_host,
     lifecycle::ensure_not_unloadable,
-    tracing::hooked_functions,
     wrong_kernel::{
         misspelt,
         renamed, //
