@@ -52,8 +52,8 @@ use kernel::{
     },
     time::Delta,
     workqueue::{
-        self,
         DelayedWork,
+        Queue,
         WorkItem, //
     },
 };
@@ -181,13 +181,16 @@ impl Admin {
 
     /// Lets the worker bring sysfs up to date. Any context but NMI.
     pub(crate) fn wake(this: &Arc<Self>) {
+        // SAFETY: Always there. `kernel` offers only its deprecated predecessor.
+        let queue = unsafe { Queue::from_raw(bindings::system_dfl_wq) };
         // At the next tick: to wake a thread takes a VMM longer than a decision does, and its other
         // vCPUs come at once. Not bound to its CPU, as it may be alone there. An error says that it
         // is queued already.
-        let _ = workqueue::system_unbound().enqueue_delayed(this.clone(), 1);
+        let _ = queue.enqueue_delayed(this.clone(), 1);
     }
 
-    /// Waits until the worker is idle, and does not let it wait.
+    /// Waits until the worker has done what it was woken for so far, without waiting for the tick.
+    /// Whoever needs it to stay idle has to see to it that nobody wakes it meanwhile.
     pub(crate) fn settle(&self) {
         let work: *const DelayedWork<Self> = &self.work;
         // SAFETY: The work is initialised, and pinned in `self`; a `DelayedWork` is a `delayed_work`.

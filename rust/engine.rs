@@ -325,6 +325,7 @@ impl Engine {
                 sure: new || !vm.changed,
                 entered: false,
                 in_l2: false,
+                outside: false,
                 rewrite: false,
                 offered_pv_unhalt: false,
                 has_pv_unhalt: false,

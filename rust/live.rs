@@ -193,7 +193,7 @@ impl Engine {
                     }
                     // SAFETY: There is a `kvm` only if the VM is not dying.
                     if let Some(vcpu) = unsafe { kvm.vcpu(index as u32 - 1) } {
-                        vcpu.ask();
+                        vm.ask(index - 1, vcpu);
                         return true;
                     }
                 }
@@ -241,8 +241,11 @@ impl Engine {
                 if vm.stamp < stamp {
                     return;
                 }
-                for (index, known) in vm.vcpus.iter().enumerate() {
+                for index in 0..vm.vcpus.len() {
                     let progress = vm.progress(kvm, index);
+                    let Some(known) = vm.vcpus.get_mut(index) else {
+                        break;
+                    };
                     // SAFETY: There is a `kvm` only if the VM is not dying.
                     let vcpu = kvm.and_then(|kvm| unsafe { kvm.vcpu(index as u32) });
                     // It has taken the request, and is about to follow, or a probe was missed.
@@ -254,8 +257,10 @@ impl Engine {
                         };
                         repeat && unfinished && !vcpu.is_asked()
                     });
+                    // It looks again before it executes guest code, until it has changed.
+                    known.outside |= progress == Progress::NextEntry;
                     if let Some(vcpu) = lost {
-                        vcpu.ask();
+                        vm.ask(index, vcpu);
                     }
                     awaited.vcpus += u32::from(progress.is_awaited() || lost.is_some());
                     awaited.in_l2 |= progress == Progress::InL2;
@@ -358,12 +363,12 @@ impl Engine {
     /// Asks a vCPU that leaves L2, if it has to change.
     pub(crate) fn leaving_l2(&self, vcpu: kvm::Vcpu<'_>) {
         if let (Some(kvm), Some(index)) = (vcpu.vm(), vcpu.index()) {
-            let waits = self.vms.with_key(kvm.key(), |vm, _| {
-                vm.vcpus.get(index as usize).is_some_and(|it| it.in_l2)
+            let index = index as usize;
+            self.vms.with_key(kvm.key(), |vm, _| {
+                if vm.vcpus.get(index).is_some_and(|it| it.in_l2) {
+                    vm.ask(index, vcpu);
+                }
             });
-            if waits == Some(true) {
-                vcpu.ask();
-            }
         }
     }
 
@@ -460,6 +465,7 @@ impl Vm {
         let known = self.vcpus.get_mut(index)?;
         known.entered = true;
         known.in_l2 = in_l2;
+        known.outside = false;
         if restore {
             // SAFETY: This is KVM_RUN, which holds the mutex.
             unsafe {

@@ -110,6 +110,8 @@ pub(crate) struct Vcpu {
     pub(crate) entered: bool,
     /// It could not be changed for being in L2.
     pub(crate) in_l2: bool,
+    /// Since it was asked it was seen where it looks at its requests before it executes guest code.
+    pub(crate) outside: bool,
     /// KVM may have given it other controls since they were looked at, by the flags as they were.
     pub(crate) rewrite: bool,
     /// The VMM wanted the guest to be told of PV_UNHALT, before the vCPU ran.
@@ -347,6 +349,14 @@ impl Vm {
         self.hold.is_some()
     }
 
+    /// Asks an online vCPU of this VM, by its index.
+    pub(crate) fn ask(&mut self, index: usize, vcpu: kvm::Vcpu<'_>) {
+        if let Some(known) = self.vcpus.get_mut(index) {
+            known.outside = false;
+        }
+        vcpu.ask();
+    }
+
     /// How far a vCPU is. `kvm` is there unless the VM is dying.
     pub(crate) fn progress(&self, kvm: Option<kvm::Vm<'_>>, index: usize) -> Progress {
         let Some(vcpu) = self.vcpus.get(index) else {
@@ -359,6 +369,11 @@ impl Vm {
         let Some(now) = kvm.and_then(|kvm| unsafe { kvm.vcpu(index as u32) }) else {
             return Progress::NextEntry;
         };
+        // It may be at the last look at its requests, for which KVM lets it seem to be in the guest
+        // (x86.c: vcpu_enter_guest()), and what was said of it holds.
+        if vcpu.outside && now.is_asked() {
+            return Progress::NextEntry;
+        }
         // In this order: one that is seen outside, and not on its way into L2, and then in L1, gets
         // into L2 through L1 only, where it changes.
         let on_its_way = now.in_guest() || (self.l2_stays && now.may_enter_l2());

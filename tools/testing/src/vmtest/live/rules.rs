@@ -38,6 +38,7 @@ use super::{
     Rig, //
 };
 use crate::{
+    is_slow_host,
     matrix::{
         floor,
         supported, //
@@ -61,6 +62,9 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("live::rules::precedence", move || precedence(vendor, other)),
         Test::new("live::rules::states", move || states(vendor)),
         Test::new("live::rules::no_wait", move || no_wait(vendor)),
+        Test::new("live::rules::what_was_said_holds", move || {
+            what_was_said_holds(vendor)
+        }),
         Test::new("live::rules::interfaces", move || interfaces(vendor, other)),
         Test::new("live::rules::hlt_from_the_start", move || {
             hlt_from_the_start(vendor)
@@ -68,6 +72,30 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     ];
     tests.extend(refused);
     Ok(tests)
+}
+
+/// A vCPU that a call has found on its way to what it should have is not shown as pending later. It
+/// goes in and out of the guest all the time.
+fn what_was_said_holds(vendor: Vendor) -> Result<()> {
+    let changes = if is_slow_host()? { 100 } else { 5_000 };
+    let cgroup = Cgroup::new("own")?;
+    let mut rig = Rig::pair(vendor, &cgroup)?;
+    rig.start_one(0, Work::new(Payload::Mwait, u32::MAX))?;
+    let mut on_its_way = 0;
+    for change in 0..changes {
+        if change % 2 == 0 {
+            rig.set(Some(0), Exits::HLT)?;
+        } else {
+            rig.reset(Some(0))?;
+        }
+        let vcpus = Device::open()?.vcpus(rig.id)?;
+        on_its_way += u32::from(vcpus[0].state != uapi::VCPU_IN_FORCE);
+        rig.ensure_settled()
+            .with_context(|| format!("change {change}"))?;
+    }
+    eprintln!("    {changes} changes, {on_its_way} of them still on their way afterwards");
+    rig.vmm.stop(rig.vcpus[0])?;
+    rig.end()
 }
 
 /// Overrides of the VM and of one vCPU, and what is allowed, in all combinations.
