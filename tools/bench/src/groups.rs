@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{
+    anyhow,
     bail,
     Context,
     Result, //
@@ -214,23 +215,20 @@ fn points(figures: &[&Figure], name: &str) -> Vec<(f64, f64)> {
         .collect()
 }
 
-/// What the module adds to them.
-fn added(figures: &[&Figure], name: &str) -> Option<Vec<(f64, f64)>> {
-    let without = find(figures, name, "absent")?.median as f64;
-    let with = points(figures, name).into_iter();
-    Some(with.map(|(x, y)| (x, y - without)).collect())
+/// That of making a VM, of the ioctl, of what workers do, of the decision, and of looking it up.
+fn names_of_decision<'a>(figures: &[&'a Figure]) -> Result<[&'a str; 5]> {
+    let names = distinct(figures, |figure| &figure.name);
+    let others = |names| anyhow!("the figures of a decision are others: {names:?}");
+    names.try_into().map_err(others)
 }
 
 fn decision(group: &Group<'_>, directory: &Path) -> Result<()> {
     let mut panels = Vec::new();
     for (document, figures) in &group.hosts {
-        let names = distinct(figures, |figure| &figure.name);
-        let [whole, vcpu, resolve] = names[..] else {
-            bail!("the figures of a decision are others: {names:?}");
-        };
+        let [whole, _, _, decision, resolve] = names_of_decision(figures)?;
         let creation = find(figures, whole, "absent").context("no VMs without the module")?;
-        let added = added(figures, vcpu).context("no vCPUs without the module")?;
-        let percent = added
+        let decided = points(figures, decision);
+        let percent = decided
             .iter()
             .map(|(x, _)| (*x, creation.median as f64 / 100.0))
             .collect();
@@ -241,7 +239,7 @@ fn decision(group: &Group<'_>, directory: &Path) -> Result<()> {
                 x: "policies on the host".to_string(),
                 logarithmic: true,
                 series: vec![
-                    ("the decision".to_string(), added),
+                    ("the decision".to_string(), decided),
                     ("1 % of making a VM".to_string(), percent),
                 ],
             },
@@ -396,16 +394,22 @@ pub fn findings(document: &Document) -> Vec<String> {
         }
     }
     let decision = of(document, "decision");
-    let names = distinct(&decision, |figure| &figure.name);
-    if let [whole, vcpu, resolve] = names[..] {
-        if let (Some(creation), Some(added)) =
-            (find(&decision, whole, "absent"), added(&decision, vcpu))
-        {
-            for (policies, cost) in added {
+    if let Ok([whole, _, workers, decided, resolve]) = names_of_decision(&decision) {
+        if let Some(creation) = find(&decision, whole, "absent") {
+            for (policies, cost) in points(&decision, decided) {
                 lines.push(format!(
                     "{host}: a decision, {policies} policies: {cost} {}, {:.2} % of making a VM",
                     creation.unit,
                     100.0 * cost / creation.median as f64
+                ));
+            }
+        }
+        if let Some(absent) = find(&decision, workers, "absent") {
+            for (policies, cost) in points(&decision, workers) {
+                lines.push(format!(
+                    "{host}: {workers}, {policies} policies: {} {} more than without the module",
+                    cost - absent.median as f64,
+                    absent.unit
                 ));
             }
         }

@@ -121,6 +121,8 @@ fn run(options: &Options) -> Result<bool> {
             fs::write(&path, text).with_context(|| path.display().to_string())?;
             println!("{} is the reference from now on", path.display());
         }
+        let text = documents.iter().map(page).collect::<String>();
+        fs::write(directory.join("README.md"), format!("{PAGE}{text}"))?;
     }
     if let Some(directory) = &options.pictures {
         fs::create_dir_all(directory)?;
@@ -131,10 +133,30 @@ fn run(options: &Options) -> Result<bool> {
     Ok(wrong.is_empty())
 }
 
-/// Prints all that was measured on one host.
-fn show(document: &Document, comparison: Option<&Comparison>) {
+/// What the references say, for people.
+const PAGE: &str = "<!-- SPDX-License-Identifier: GPL-2.0 -->\n\
+    # All figures\n\n\
+    Written by `tools/bench/run --save`. [What they say](../../Documentation/performance.md).\n";
+
+/// All that was measured on one host, in Markdown.
+fn page(document: &Document) -> String {
+    let mut table = table(document, None).build();
+    table.with(Style::markdown());
+    let mut page = format!(
+        "\n## {}\n\n{}\n\n{table}\n\n",
+        document.host,
+        about(document)
+    );
+    for line in groups::findings(document) {
+        page += &format!("- {line}\n");
+    }
+    page
+}
+
+/// On what it was measured.
+fn about(document: &Document) -> String {
     let machine = &document.machine;
-    println!(
+    format!(
         "{}: {}, {} CPU(s), {} ({} kHz); Linux {}; emulator: {}; kvm_exitpolicy {}",
         document.host,
         machine.vendor,
@@ -144,27 +166,20 @@ fn show(document: &Document, comparison: Option<&Comparison>) {
         machine.kernel,
         machine.emulator,
         machine.module
-    );
-    for hooked in &document.hooked {
-        println!("hooked: {hooked}");
-    }
+    )
+}
+
+/// All figures of one host.
+fn table(document: &Document, comparison: Option<&Comparison>) -> Builder {
     let mut table = Builder::default();
-    table.push_record([
-        "GROUP",
-        "WHAT",
-        "CASE",
-        "MEDIAN",
-        "UNIT",
-        "QUARTERS",
-        "MIN",
-        "MAX",
-        "N",
-        "EXITS",
-        "REFERENCE",
-    ]);
+    let mut heads = vec![
+        "GROUP", "WHAT", "CASE", "MEDIAN", "UNIT", "QUARTERS", "MIN", "MAX", "N", "EXITS",
+    ];
+    heads.extend(comparison.map(|_| "REFERENCE"));
+    table.push_record(heads);
     for (index, figure) in document.figures.iter().enumerate() {
-        let verdict = comparison.map(|comparison| comparison.verdicts[index]);
-        table.push_record([
+        let exits = figure.exits.map(|exits| format!("{exits:.2}"));
+        let mut record = vec![
             figure.group.clone(),
             figure.name.clone(),
             figure.case.clone(),
@@ -174,17 +189,27 @@ fn show(document: &Document, comparison: Option<&Comparison>) {
             figure.min.to_string(),
             figure.max.to_string(),
             figure.repeats.to_string(),
-            figure
-                .exits
-                .map_or("-".to_string(), |exits| format!("{exits:.2}")),
-            match verdict {
-                Some(Verdict::Ratio(ratio)) => format!("{ratio:.3}"),
-                Some(Verdict::New) => "new".to_string(),
-                Some(Verdict::NotCompared) | None => "-".to_string(),
-            },
-        ]);
+            exits.unwrap_or("-".to_string()),
+        ];
+        record.extend(
+            comparison.map(|comparison| match comparison.verdicts[index] {
+                Verdict::Ratio(ratio) => format!("{ratio:.3}"),
+                Verdict::New => "new".to_string(),
+                Verdict::NotCompared => "-".to_string(),
+            }),
+        );
+        table.push_record(record);
     }
-    let mut table = table.build();
+    table
+}
+
+/// Prints all that was measured on one host.
+fn show(document: &Document, comparison: Option<&Comparison>) {
+    println!("{}", about(document));
+    for hooked in &document.hooked {
+        println!("hooked: {hooked}");
+    }
+    let mut table = table(document, comparison).build();
     table.with(Style::empty()).with(Padding::new(0, 2, 0, 0));
     for column in [3, 6, 7, 8, 9, 10] {
         table.modify(Columns::one(column), Alignment::right());

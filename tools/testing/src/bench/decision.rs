@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{
+    bail,
     ensure,
     Context,
     Result, //
@@ -62,6 +63,11 @@ pub const WHOLE: &str = "KVM_CREATE_VM to first KVM_RUN, in the thread";
 /// The one ioctl in which the decision is made, what the VMM's thread executes.
 pub const VCPU: &str = "first KVM_CREATE_VCPU, in the thread";
 
+/// What a decision adds to that ioctl.
+pub const DECISION: &str = "the decision in it";
+/// What workers of the kernel execute from before a VM is made until it is gone.
+pub const WORKERS: &str = "a VM made and ended, in workers";
+
 /// What a decision does for each level of cgroups, and nothing else of it, as a call of its own.
 pub const RESOLVE: &str = "EXITPOLICY_RESOLVE_POLICY";
 
@@ -88,6 +94,8 @@ impl Drop for Here<'_> {
 struct Creation {
     whole: i64,
     vcpu: i64,
+    /// From before it was made until it was gone.
+    workers: i64,
 }
 
 /// Ticks of the TSC that this thread has had the CPU.
@@ -99,25 +107,48 @@ fn own_tsc(khz: u32) -> Result<i64> {
 
 /// Waits until the host's timer interrupt has just been there, so that none is in what comes next:
 /// whether one is would depend on the phase alone, and be the same each time.
-fn wait_for_tick() {
+fn wait_for_tick(khz: u32) -> Result<()> {
     /// Longer than two reads of the TSC, and shorter than an interrupt.
     const GAP: i64 = 1000;
-    let mut last = tsc();
-    loop {
+    let second = i64::from(khz) * 1000;
+    let begin = tsc();
+    let mut last = begin;
+    while last - begin < second {
         let now = tsc();
         if now - last > GAP {
-            return;
+            return Ok(());
         }
         last = now;
     }
+    bail!("no tick in a second: choose CPUs that are not nohz_full (taskset)");
+}
+
+/// Ticks of the TSC that the kernel's workers have had CPUs.
+fn workers_tsc(khz: u32) -> Result<i64> {
+    let mut ns = 0;
+    for entry in fs::read_dir("/proc")? {
+        let task = entry?.path();
+        // Anything but a task, or one that has ended.
+        let read = |file: &str| fs::read_to_string(task.join(file)).unwrap_or_default();
+        if read("comm").starts_with("kworker") {
+            let times = read("schedstat");
+            ns += times
+                .split(' ')
+                .next()
+                .map_or(0, |time| time.parse().unwrap_or(0));
+        }
+    }
+    ensure!(ns > 0, "/proc/PID/schedstat says nothing of workers");
+    Ok((ns * i128::from(khz) / 1_000_000).try_into()?)
 }
 
 /// Creates a VM that has the memory of `template`, so that nothing but KVM is measured.
 fn create(template: &Vm, khz: u32) -> Result<Creation> {
+    let idle = workers_tsc(khz)?;
     let start = own_tsc(khz)?;
     let vm = Arc::new(template.twin()?);
     let made = own_tsc(khz)?;
-    wait_for_tick();
+    wait_for_tick(khz)?;
     let before = own_tsc(khz)?;
     let mut vcpu = vm.create_vcpu(0).context("KVM_CREATE_VCPU")?;
     let after = own_tsc(khz)?;
@@ -136,6 +167,7 @@ fn create(template: &Vm, khz: u32) -> Result<Creation> {
     Ok(Creation {
         whole: made - start + end - before,
         vcpu: after - before,
+        workers: workers_tsc(khz)? - idle,
     })
 }
 
@@ -160,7 +192,22 @@ fn figures(cgroup: &Cgroup, case: &str, at: Option<u64>, count: usize) -> Result
     Ok(vec![
         figure(WHOLE, |creation| creation.whole)?,
         figure(VCPU, |creation| creation.vcpu)?,
+        figure(WORKERS, |creation| creation.workers)?,
     ])
+}
+
+/// What is left of a figure without what the same takes without the module.
+fn beyond(absent: &Figure, loaded: &Figure) -> Figure {
+    let without = absent.median;
+    Figure {
+        name: DECISION.to_string(),
+        min: loaded.min - without,
+        low: loaded.low - without,
+        median: loaded.median - without,
+        high: loaded.high - without,
+        max: loaded.max - without,
+        ..loaded.clone()
+    }
 }
 
 /// Without the module, and for so many policies, of which one is the VM's; each of `count` VMs.
@@ -168,8 +215,11 @@ pub fn by_policies(count: usize, policies: &[usize]) -> Result<Vec<Figure>> {
     let mut all = Vec::new();
     let cgroup = Cgroup::new("bench-decision")?;
     let unloaded = Unloaded::new()?;
-    all.extend(figures(&cgroup, "absent", None, count)?);
+    let absent = figures(&cgroup, "absent", None, count)?;
     drop(unloaded);
+    let is_vcpu = |figure: &&Figure| figure.name == VCPU;
+    let vcpu = absent.iter().find(is_vcpu).cloned().context(VCPU)?;
+    all.extend(absent);
     modules::load_both()?;
     interface::ensure_empty()?;
     let mut many: Option<Policies> = None;
@@ -185,7 +235,15 @@ pub fn by_policies(count: usize, policies: &[usize]) -> Result<Vec<Figure>> {
             ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
         }
         let case = format!("{policies} policies");
-        all.extend(figures(&cgroup, &case, Some(*policies as u64), count)?);
+        let loaded = figures(&cgroup, &case, Some(*policies as u64), count)?;
+        let decision: Vec<_> = loaded.iter().filter(is_vcpu).collect();
+        all.extend(
+            decision
+                .into_iter()
+                .map(|loaded| beyond(&vcpu, loaded))
+                .collect::<Vec<_>>(),
+        );
+        all.extend(loaded);
         if *policies > 0 {
             ioctl::clear_policy(&cgroup)?;
         }
