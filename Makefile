@@ -28,7 +28,7 @@ On a host:
 Without one, in emulated hosts (needs root, and Debian 12 or 13):
   make demo             see what it does
   make test             run all tests
-  make test-debug       run them in a kernel that looks for mistakes (hours)
+  make test-debug       run them in kernels that look for mistakes and races, built the first time (hours)
   make fuzz             hostile input, for FUZZ_MINUTES (10)
   make soak             everything at once, for SOAK_MINUTES (30)
   make bench            measure what passing exits through saves, and what the module costs

@@ -22,7 +22,7 @@ use anyhow::{
 };
 
 /// What no test may cause, in lower case.
-const BAD: [&str; 21] = [
+const BAD: [&str; 22] = [
     "warning:",
     "bug:",
     "bug ",
@@ -43,6 +43,7 @@ const BAD: [&str; 21] = [
     "list_del corruption",
     "rust_kernel: panicked",
     "soft lockup",
+    "deprecated workqueue",
     // A unit test of KUnit's has failed.
     "not ok ",
 ];
@@ -68,7 +69,7 @@ const MODULE: &str = "[kvm_exitpolicy]";
 /// Of the kernel's own functions those that we call, and that race with others of its own: over
 /// `flags` of a task (`kernel/capability.c:ns_capable()` sets PF_SUPERPRIV), and over `data` of a
 /// work that is queued while it begins (`kernel/workqueue.c:process_one_work()`).
-const RACY: [&str; 2] = [" capable+", " queue_work_on+"];
+const RACY: [&str; 2] = [" capable+", " queue_delayed_work_on+"];
 
 /// The kernel's log from some moment on.
 pub struct KernelLog(File);
@@ -145,12 +146,18 @@ pub fn bad_lines(lines: &[String]) -> Vec<&str> {
     while let Some(at) = rest.iter().position(|line| line.starts_with(DATA_RACE)) {
         let report = &rest[at..];
         let ends = |line: &String| line.starts_with(END_OF_DATA_RACE);
-        let end = report.iter().position(ends).unwrap_or(report.len());
+        let end = report.iter().position(ends);
+        let (report, after) = report.split_at(end.unwrap_or(report.len()));
         bad.extend(bad_lines_but_races(&rest[..at]));
-        if is_our_race(&report[..end]) {
+        // Nobody knows what one says that is cut off.
+        if end.is_none() || is_our_race(report) {
             bad.push(&report[0]);
         }
-        rest = &report[end..];
+        // Whatever else is said meanwhile is among its lines. Functions are named, each behind a
+        // space.
+        let others = report[1..].iter().filter(|line| !line.starts_with(' '));
+        bad.extend(others.filter(|line| is_bad(line)).map(String::as_str));
+        rest = after;
     }
     bad.extend(bad_lines_but_races(rest));
     bad
@@ -165,15 +172,19 @@ fn bad_lines_but_races(lines: &[String]) -> Vec<&str> {
         if no_memory && (*line == "Call Trace:" || line.starts_with(' ')) {
             return false;
         }
-        let lower = line.to_lowercase();
-        // Where a word begins, as "debug:" is no "bug:".
-        let has = |pattern: &&str| {
-            let mut found = lower.match_indices(*pattern);
-            found.any(|(at, _)| !lower[..at].ends_with(char::is_alphanumeric))
-        };
-        BAD.iter().any(has) && !HARMLESS.contains(line)
+        is_bad(line)
     };
     lines.iter().map(String::as_str).filter(bad).collect()
+}
+
+fn is_bad(line: &str) -> bool {
+    let lower = line.to_lowercase();
+    // Where a word begins, as "debug:" is no "bug:".
+    let has = |pattern: &&str| {
+        let mut found = lower.match_indices(*pattern);
+        found.any(|(at, _)| !lower[..at].ends_with(char::is_alphanumeric))
+    };
+    BAD.iter().any(has) && !HARMLESS.contains(&line)
 }
 
 #[cfg(test)]
@@ -207,7 +218,7 @@ mod tests {
                  Reported by Kernel Concurrency Sanitizer on:\n==========\nWARNING: 1"
             ))
         };
-        let count = |first, second| bad_lines(&report(first, second)).len();
+        let count = |first: &str, second: &str| bad_lines(&report(first, second)).len();
         let (stock, ours) = (" kvm_f+0x1/0x2 [kvm]", " f+0x1/0x2 [kvm_exitpolicy]");
         // What comes after it is seen in any case.
         assert_eq!(count(stock, stock), 1);
@@ -215,12 +226,18 @@ mod tests {
         assert_eq!(count(stock, ours), 2);
         let called = " memcpy+0x1/0x2\n rust_helper_f+0x1/0x2\n f+0x1/0x2 [kvm_exitpolicy]";
         assert_eq!(count(stock, called), 2);
-        let capable = " capable+0x1/0x2\n f+0x1/0x2 [kvm_exitpolicy]";
-        assert_eq!(count(capable, stock), 1);
+        for racy in [" capable", " queue_delayed_work_on"] {
+            let called = format!("{racy}+0x1/0x2\n f+0x1/0x2 [kvm_exitpolicy]");
+            assert_eq!(count(&called, stock), 1);
+        }
+        // What others say meanwhile.
+        assert_eq!(count(" kvm_f+0x1/0x2\nOops: 0", stock), 2);
+        let cut_off = lines("BUG: KCSAN: data-race in a / b\n\nread to 0xff of 8 bytes");
+        assert_eq!(bad_lines(&cut_off).len(), 1);
         let far = " f+0x1/0x2\n g+0x1/0x2\n h+0x1/0x2\n f+0x1/0x2 [kvm_exitpolicy]";
         assert_eq!(count(far, stock), 1);
         let unknown = lines(
-            "BUG: KCSAN: data-race in a\n\nrace at unknown origin, with read to 0xff of 8 bytes by task 1 on cpu 0:",
+            "BUG: KCSAN: data-race in a\n\nrace at unknown origin, with read to 0xff of 8 bytes by task 1 on cpu 0:\n==========",
         );
         assert_eq!(bad_lines(&unknown).len(), 1);
     }

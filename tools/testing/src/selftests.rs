@@ -246,6 +246,7 @@ impl<'a> Table<'a> {
 }
 
 /// Of a test that was repeated, one outcome in common is enough: what differs is the emulator then.
+/// But no repetition makes up for what the host itself suffered with the module.
 fn verdict<'a>(entry: Option<&'a Entry>, outcomes: &[Vec<&str>; 3]) -> Verdict<'a> {
     let [absent, loaded, passed] = outcomes;
     if let Some(entry) = entry.filter(|entry| entry.outcome == EXCLUDED) {
@@ -261,6 +262,13 @@ fn verdict<'a>(entry: Option<&'a Entry>, outcomes: &[Vec<&str>; 3]) -> Verdict<'
         .all(|outcome| no_end.iter().any(|end| outcome.starts_with(end)))
     {
         return Verdict::Wrong("has no end without the module, and is not excluded".to_string());
+    }
+    let harm = |outcome: &&&str| {
+        let marks = ["ends-host", "+kernel", "+module"];
+        marks.iter().any(|mark| outcome.contains(mark)) && !absent.contains(*outcome)
+    };
+    if let Some(outcome) = loaded.iter().chain(passed).find(harm) {
+        return Verdict::Wrong(format!("{outcome} with the module, and not without"));
     }
     if !common(absent, loaded) {
         return Verdict::Wrong("differs without policy".to_string());
@@ -370,6 +378,17 @@ mod tests {
         assert_eq!(wrong_of("intel", [PASS, &again, PASS]), [""; 0]);
         let never = format!("{A_FAILS}\n{A_FAILS}");
         assert_eq!(wrong_of("intel", [PASS, &never, PASS]), ["a"]);
+    }
+
+    #[test]
+    fn no_repetition_makes_up_for_harm() {
+        for harm in ["ends-host (125)", "pass+kernel", "pass+module"] {
+            let harmed = format!("test a ... {harm}\n{PASS}");
+            assert_eq!(wrong_of("intel", [PASS, &harmed, PASS]), ["a"]);
+            assert_eq!(wrong_of("intel", [PASS, PASS, &harmed]), ["a"]);
+            let without = wrong_of("intel", [&harmed, &harmed, &harmed]);
+            assert_eq!(without, [""; 0]);
+        }
     }
 
     #[test]

@@ -141,12 +141,14 @@ fn main() -> ExitCode {
 fn run_all(directory: &Path, limit: Duration, tests: &[String]) -> Result<()> {
     // One test reads the host's own registers.
     modules::load("msr")?;
+    // Whatever is said between two tests is the later one's.
+    let mut log = KernelLog::from_boot()?;
     for test in tests {
         // The name first: if the host dies, it is known of what.
         print!("{}", result_line(test, ""));
         io::stdout().flush()?;
         let begin = Instant::now();
-        let (outcome, words) = run(&directory.join(test), limit)?;
+        let (outcome, words) = run(&directory.join(test), limit, &mut log)?;
         println!("{outcome} ({:.1} s)", begin.elapsed().as_secs_f32());
         for line in words {
             println!("    | {line}");
@@ -174,8 +176,7 @@ fn ensure_module_is_well(missed_before: Option<u64>) -> Result<()> {
 }
 
 /// Runs a test. How it ended, and what there is to say if it did not pass.
-fn run(test: &Path, limit: Duration) -> Result<(String, Vec<String>)> {
-    let mut log = KernelLog::from_now()?;
+fn run(test: &Path, limit: Duration, log: &mut KernelLog) -> Result<(String, Vec<String>)> {
     let missed = missed()?;
     let output = File::create(OUTPUT)?;
     let mut child = Command::new(test)
@@ -187,9 +188,9 @@ fn run(test: &Path, limit: Duration) -> Result<(String, Vec<String>)> {
         .with_context(|| format!("cannot run {}", test.display()))?;
     let status = wait(&mut child, limit)?;
     let output = String::from_utf8_lossy(&fs::read(OUTPUT)?).into_owned();
+    let module = ensure_module_is_well(missed);
     let lines = log.lines()?;
     let bad = bad_lines(&lines);
-    let module = ensure_module_is_well(missed);
 
     let how = how(status);
     let mut words = Vec::new();

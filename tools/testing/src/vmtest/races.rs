@@ -63,6 +63,8 @@ use crate::{
 
 /// How many operations each side makes at least; another number can be asked for.
 const ASKED: &str = "EXITPOLICY_RACES";
+/// Set where the kernel is meant to have KCSAN: without it, nothing would be found.
+const WITH_KCSAN: &str = "EXITPOLICY_KCSAN";
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     let few = is_slow_host()?;
@@ -130,6 +132,7 @@ impl Kcsan {
 
     fn on() -> Result<Option<Self>> {
         if !Path::new(Self::FILE).exists() {
+            ensure!(env::var_os(WITH_KCSAN).is_none(), "there is no KCSAN");
             return Ok(None);
         }
         for (name, value) in Self::PARAMETERS {
