@@ -19,6 +19,19 @@ use core::{
 /// # Invariants
 ///
 /// No bit outside [`Exits::ALL`] is set.
+///
+/// # Examples
+///
+/// ```
+/// use exitpolicy_policy::Exits;
+///
+/// let set: Exits = "hlt, mwait".parse()?;
+/// assert_eq!(set, Exits::MWAIT | Exits::HLT);
+/// assert_eq!(set.to_string(), "mwait,hlt");
+/// assert_eq!((!set & Exits::HLT).to_string(), "none");
+/// assert_eq!(Exits::from_bits(1 << 5), None);
+/// # Ok::<(), exitpolicy_policy::ParseExitsError>(())
+/// ```
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Exits(u64);
 

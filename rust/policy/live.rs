@@ -86,6 +86,21 @@ pub fn permitted(target: Exits, flags: Exits) -> Exits {
 ///   that the VMM can repeat that CPUID.
 /// - `home`: what the VM has by itself: the floor, and what its VMM asked for.
 /// - `vcpus`: all of them, and at least one.
+///
+/// # Examples
+///
+/// `hlt` is given to one vCPU of two: its flag leads, and only then may the control open.
+///
+/// ```
+/// use exitpolicy_policy::{live::{flags, permitted, Change}, Exits};
+///
+/// let stays = Change { target: Exits::NONE, in_force: Exits::NONE };
+/// let changes = Change { target: Exits::HLT, in_force: Exits::NONE };
+/// assert_eq!(permitted(changes.target, Exits::NONE), Exits::NONE);
+/// let next = flags(Exits::NONE, Exits::NONE, Exits::NONE, [stays, changes]);
+/// assert_eq!(next, Exits::HLT);
+/// assert_eq!(permitted(changes.target, next), Exits::HLT);
+/// ```
 pub fn flags(
     now: Exits,
     keep: Exits,

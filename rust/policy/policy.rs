@@ -35,6 +35,24 @@ impl Policy {
 /// `disable` comes from the nearest ancestor-or-self that has a policy. `allow` is the
 /// intersection over all ancestors-or-self that have one, so that a subtree can narrow what it was
 /// allowed and never widen it.
+///
+/// # Examples
+///
+/// A tenant who allows itself everything is held by what is allowed above it:
+///
+/// ```
+/// use exitpolicy_policy::{Exits, Policy, Resolved};
+///
+/// let tenant = Policy { disable: Exits::ALL, allow: Exits::ALL };
+/// let slice = Policy { disable: Exits::NONE, allow: Exits::HLT };
+/// let resolved = Resolved::from_nearest_to_root([("tenant", tenant), ("slice", slice)]);
+/// assert_eq!(resolved.source, Some("tenant"));
+///
+/// let (floor, requested, supported) = (Exits::PAUSE, Exits::MWAIT, Exits::ALL);
+/// let decision = resolved.decide(floor, requested, supported);
+/// assert_eq!(decision.effective, Exits::PAUSE | Exits::HLT);
+/// assert_eq!(decision.clamped, Exits::MWAIT);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resolved<Source = u64> {
     /// Given to every VM, asked for or not.
