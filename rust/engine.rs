@@ -29,6 +29,10 @@ use crate::{
     },
 };
 use kernel::{
+    alloc::{
+        flags::__GFP_NOWARN,
+        Flags, //
+    },
     prelude::*,
     sync::{
         atomic::{
@@ -51,6 +55,11 @@ pub(crate) struct Facts {
     pub(crate) supported: Exits,
     /// What KVM disables in every VM by itself.
     pub(crate) floor: Exits,
+}
+
+/// How hooks allocate what a VM can make large: it cannot wait, and shall not fill the log.
+fn in_hook() -> Flags {
+    GFP_ATOMIC | __GFP_NOWARN
 }
 
 /// The cgroup whose policies and whose ancestors' are those of a task.
@@ -183,10 +192,12 @@ impl Engine {
             return false;
         };
         if self
-            .add_vcpu(&facts, id, online as usize, vcpu.id(), true)
+            .add_vcpu(&facts, id, online as usize, vcpu.id(), true, in_hook())
             .is_err()
         {
             self.count_missed();
+            // The worker can wait for memory.
+            self.vms.with(id, |vm, _| vm.stale = true);
         }
         true
     }
@@ -313,15 +324,23 @@ impl Engine {
 
     /// Remembers a vCPU, which is new or was there before the VM was known. Fails with [`ENOMEM`],
     /// and with [`EAGAIN`] if it has to wait for an earlier one.
-    fn add_vcpu(&self, facts: &Facts, id: u64, index: usize, vcpu: u32, new: bool) -> Result {
+    fn add_vcpu(
+        &self,
+        facts: &Facts,
+        id: u64,
+        index: usize,
+        vcpu: u32,
+        new: bool,
+        flags: Flags,
+    ) -> Result {
         let make = |vm: &Vm, kvm: Option<kvm::Vm<'_>>| {
-            let flags = kvm.map_or(0, kvm::Vm::disabled_exits);
+            let disabled = kvm.map_or(0, kvm::Vm::disabled_exits);
             Vcpu {
                 id: vcpu,
                 disable: None,
                 wanted: vm.wanted(None, facts.supported).effective,
                 // KVM makes its controls from the flags, as they are then.
-                in_force: Exits::from_bits_truncate(flags),
+                in_force: Exits::from_bits_truncate(disabled),
                 sure: new || !vm.changed,
                 entered: false,
                 in_l2: false,
@@ -331,7 +350,7 @@ impl Engine {
                 has_pv_unhalt: false,
             }
         };
-        self.vms.add_vcpu(id, index, new, make, |vm, kvm| {
+        self.vms.add_vcpu(id, index, new, flags, make, |vm, kvm| {
             if let Some(kvm) = kvm {
                 vm.write_flags(kvm, facts.vendor, false);
                 vm.account();
@@ -339,8 +358,8 @@ impl Engine {
         })
     }
 
-    /// Remembers those online vCPUs of a VM that are not known.
-    pub(crate) fn complete(&self, facts: &Facts, id: u64) {
+    /// Remembers those online vCPUs of a VM that are not known. The context is that of `flags`.
+    pub(crate) fn complete(&self, facts: &Facts, id: u64, flags: Flags) {
         loop {
             let missing = self.vms.with(id, |vm, kvm| {
                 let (kvm, index) = (kvm?, vm.vcpus.len());
@@ -351,7 +370,7 @@ impl Engine {
             let Some(Some((index, vcpu))) = missing else {
                 return;
             };
-            if self.add_vcpu(facts, id, index, vcpu, false).is_err() {
+            if self.add_vcpu(facts, id, index, vcpu, false, flags).is_err() {
                 self.count_missed();
                 return;
             }
@@ -401,7 +420,7 @@ impl Engine {
                 }
             }
         };
-        self.complete(&facts, id);
+        self.complete(&facts, id, in_hook());
         self.vms.with(id, |vm, _| vm.stale = true);
         Some(id)
     }

@@ -31,6 +31,7 @@ use crate::{
     },
 };
 use kernel::{
+    alloc::flags::GFP_KERNEL,
     ffi::c_int,
     pr_err_once,
     sync::rcu,
@@ -114,7 +115,7 @@ impl Engine {
                 policies => policies,
             },
         };
-        self.complete(facts, id);
+        self.complete(facts, id, GFP_KERNEL);
         self.vms
             .with(id, |vm, kvm| {
                 if let Some(kvm) = kvm {
@@ -438,9 +439,9 @@ impl Vm {
         }
 
         let (own, refusal) = facts.vendor.limits(vcpu);
-        if !self.limits.forbidden.contains(own.forbidden) {
-            // Its guest was told since the others were looked at.
-            self.limits.forbidden = self.limits.forbidden | own.forbidden;
+        if self.limits.union(own) != self.limits {
+            // It was not online when the others were looked at, or its guest was told since.
+            self.limits = self.limits.union(own);
             self.refusal = refusal;
             self.stale = true;
         }
@@ -461,7 +462,7 @@ impl Vm {
                 Err(_) => in_l2 = !same,
             }
         }
-        let restore = !self.overridable && self.lacks_pv_unhalt(&known);
+        let restore = self.shall_get_pv_unhalt(&known);
         let known = self.vcpus.get_mut(index)?;
         known.entered = true;
         known.in_l2 = in_l2;

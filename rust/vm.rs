@@ -31,6 +31,7 @@ use crate::{
     },
 };
 use kernel::{
+    alloc::Flags,
     module::this_module,
     prelude::*,
     rbtree::{
@@ -184,22 +185,22 @@ pub(crate) struct New {
 
 impl Vm {
     /// Whether what the vCPU's guest reads in CPUID is not what its VMM wanted and would have to
-    /// repeat, although `hlt` is not disabled any more or will not be.
-    pub(crate) fn lacks_pv_unhalt(&self, vcpu: &Vcpu) -> bool {
-        // In this order, as a VMM can have it asked for each of its vCPUs: who looks at all of them
-        // finds none with HLT, so that the caller need not go on.
-        let hlt = |vcpu: &Vcpu| self.target(vcpu).contains(Exits::HLT);
-        vcpu.offered_pv_unhalt
-            && !vcpu.has_pv_unhalt
-            && !self.keep.contains(Exits::HLT)
-            && !self.vcpus.iter().any(hlt)
+    /// repeat, once no vCPU shall have `hlt`.
+    fn lacks_pv_unhalt(&self, vcpu: &Vcpu) -> bool {
+        vcpu.offered_pv_unhalt && !vcpu.has_pv_unhalt && !self.keep.contains(Exits::HLT)
+    }
+
+    /// Whether the vCPU's guest is to read in CPUID what its VMM wanted, as the VM gets back what it
+    /// has by itself.
+    pub(crate) fn shall_get_pv_unhalt(&self, vcpu: &Vcpu) -> bool {
+        // What each vCPU has as its target then: there may be thousands, and this is asked of each.
+        let stays = (self.home() & !self.limits.forbidden) | self.limits.fixed;
+        !self.overridable && !stays.contains(Exits::HLT) && self.lacks_pv_unhalt(vcpu)
     }
 
     /// Whether the vCPU has to go through the hook.
     pub(crate) fn has_to_change(&self, vcpu: &Vcpu) -> bool {
-        !vcpu.sure
-            || vcpu.in_force != self.target(vcpu)
-            || (!self.overridable && self.lacks_pv_unhalt(vcpu))
+        !vcpu.sure || vcpu.in_force != self.target(vcpu) || self.shall_get_pv_unhalt(vcpu)
     }
 
     /// Calls `work` with KVM's structure, unless that must not be used any more. In the table, under
@@ -259,8 +260,7 @@ impl Vm {
             // SAFETY: The VM is not dying, or there would be no `kvm` (`Vms::with`).
             if let Some(vcpu) = unsafe { kvm.vcpu(index as u32) } {
                 let (limits, refusal) = vendor.limits(vcpu);
-                self.limits.fixed = self.limits.fixed | limits.fixed;
-                self.limits.forbidden = self.limits.forbidden | limits.forbidden;
+                self.limits = self.limits.union(limits);
                 if self.refusal == Refusal::None {
                     self.refusal = refusal;
                 }
@@ -328,14 +328,18 @@ impl Vm {
         }
     }
 
-    /// Holds the module while the VM is not as it would be without it.
+    /// Holds the module while the VM is not as it would be without it, or will not be.
     pub(crate) fn account(&mut self) {
         let home = self.home();
+        let hlt = |vcpu: &Vcpu| self.target(vcpu).contains(Exits::HLT);
+        let any_hlt = self.vcpus.iter().any(hlt);
         let differs = self.flags != self.limits.target(home, self.flags)
             || self.vcpus.iter().any(|vcpu| {
+                let at_home = self.limits.target(home, vcpu.in_force);
                 !vcpu.sure
-                    || vcpu.in_force != self.limits.target(home, vcpu.in_force)
-                    || self.lacks_pv_unhalt(vcpu)
+                    || vcpu.in_force != at_home
+                    || self.target(vcpu) != at_home
+                    || (!any_hlt && self.lacks_pv_unhalt(vcpu))
             });
         if !differs {
             self.hold = None;
@@ -541,12 +545,13 @@ impl Vms {
 
     /// Adds a vCPU with this index, and what `make` makes of the VM, then calls `added`. If there is
     /// one, its creation has failed if `replace`, and it goes; or this one is known. Fails with
-    /// [`ENOMEM`], and with [`EAGAIN`] if one before it is not known. Atomic context.
+    /// [`ENOMEM`], and with [`EAGAIN`] if one before it is not known. The context is that of `flags`.
     pub(crate) fn add_vcpu(
         &self,
         id: u64,
         index: usize,
         replace: bool,
+        flags: Flags,
         make: impl Fn(&Vm, Option<kvm::Vm<'_>>) -> Vcpu,
         added: impl Fn(&mut Vm, Option<kvm::Vm<'_>>),
     ) -> Result {
@@ -588,7 +593,7 @@ impl Vms {
                     return result;
                 }
                 Step::Enlarge => {
-                    spare = KVec::with_capacity((index + 1).next_power_of_two(), GFP_ATOMIC)?;
+                    spare = KVec::with_capacity((index + 1).next_power_of_two(), flags)?;
                 }
             }
         }

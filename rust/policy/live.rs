@@ -59,6 +59,15 @@ impl Limits {
         forbidden: Exits::HLT,
     };
 
+    /// What is in either.
+    #[must_use]
+    pub fn union(self, other: Self) -> Self {
+        Self {
+            fixed: self.fixed | other.fixed,
+            forbidden: self.forbidden | other.forbidden,
+        }
+    }
+
     /// What a vCPU can be given of what it should have.
     pub fn target(self, wanted: Exits, in_force: Exits) -> Exits {
         (wanted & !self.forbidden & !self.fixed) | (in_force & self.fixed)
