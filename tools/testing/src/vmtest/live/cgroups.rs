@@ -83,6 +83,9 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("live::off::on_under_load", move || off_and_on(vendor)),
         Test::new("live::off::unloaded_under_load", move || unloaded(vendor)),
         Test::new("live::off::straggler", move || straggler(vendor)),
+        Test::new("live::off::holds_what_is_to_come", move || {
+            holds_what_is_to_come(vendor)
+        }),
         Test::new("live::off::straggler_that_never_runs", move || {
             straggler_that_never_runs(vendor)
         }),
@@ -342,6 +345,41 @@ fn straggler_that_never_runs(vendor: Vendor) -> Result<()> {
     interface::drain()?;
     modules::unload(EXITPOLICY)?;
     modules::load(EXITPOLICY)
+}
+
+/// A vCPU that is to get something at its next entry holds the module before it has it: after the
+/// module, nobody would take it back.
+fn holds_what_is_to_come(vendor: Vendor) -> Result<()> {
+    let cgroup = Cgroup::new("own")?;
+    let mut rig = Rig::pair(vendor, &cgroup)?;
+    rig.start(Payload::Hlt)?;
+    rig.step(&[0, 1], 5)?;
+    for vcpu in rig.vcpus.clone() {
+        rig.vmm.leave(vcpu)?;
+    }
+    let holding = || -> Result<u64> { Ok(Device::open()?.info()?.holding) };
+    for exit in (changeable(vendor)? & !floor(vendor)?).iter() {
+        ioctl::set_override(rig.id, None, exit)?;
+        let view = interface::only_vm()?;
+        ensure!(
+            view.pending == 2 && view.each.iter().all(|vcpu| vcpu.state == NEXT_ENTRY),
+            "{exit}: {view:?}"
+        );
+        ensure!(holding()? == 1, "nothing holds the module for {exit}");
+        ensure_not_unloadable().with_context(|| exit.to_string())?;
+        ioctl::reset_override(rig.id, None)?;
+        ensure!(
+            holding()? == 0,
+            "the module is held for nothing after {exit}"
+        );
+    }
+    for vcpu in rig.vcpus.clone() {
+        rig.vmm.go_on(vcpu)?;
+    }
+    rig.step(&[0, 1], 5)?;
+    rig.settled()?;
+    rig.stop()?;
+    rig.end()
 }
 
 /// vCPUs are added while others change the VM all the time.
