@@ -25,6 +25,7 @@ use crate::{
         Exits,
         Resolved, //
     },
+    vendor::InL2,
     vm::{
         Progress,
         Vm, //
@@ -451,15 +452,21 @@ impl Vm {
         let same = known.in_force == open && known.sure;
         let mut in_l2 = false;
         if !same || open != self.flags || known.rewrite {
-            match facts.vendor.write_controls(loaded, open) {
+            let now = match facts.vendor.write_controls(loaded, open) {
                 Ok(()) => {
                     let known = self.vcpus.get_mut(index)?;
                     known.in_force = open;
                     known.sure = true;
                     known.rewrite = false;
+                    open
                 }
-                Err(_) => in_l2 = !same,
-            }
+                Err(InL2) => {
+                    in_l2 = !same;
+                    // Nothing is half applied: it may be taken back before L2 ends.
+                    known.in_force
+                }
+            };
+            facts.vendor.write_msrs(loaded, now);
         }
         let restore = !self.overridable && self.lacks_pv_unhalt(&known);
         let known = self.vcpus.get_mut(index)?;
