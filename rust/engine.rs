@@ -348,6 +348,7 @@ impl Engine {
                 rewrite: false,
                 offered_pv_unhalt: false,
                 has_pv_unhalt: false,
+                veiled: false,
             }
         };
         self.vms.add_vcpu(id, index, new, flags, make, |vm, kvm| {

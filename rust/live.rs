@@ -25,6 +25,7 @@ use crate::{
         Exits,
         Resolved, //
     },
+    vendor::InL2,
     vm::{
         Progress,
         Vm, //
@@ -388,23 +389,30 @@ impl Engine {
             unsafe { (cpuid::Table::incoming(call), cpuid::Table::stored(vcpu)) };
         let offered = incoming.has_pv_unhalt();
         self.vms.with_key(kvm.key(), |vm, kvm| {
-            let flags = Exits::from_bits_truncate(kvm?.disabled_exits());
+            let native = Exits::from_bits_truncate(kvm?.disabled_exits()).contains(Exits::HLT);
             let changed = vm.changed;
             let known = vm.vcpus.get_mut(index as usize)?;
             if !vcpu.has_run() && !vcpu.in_l2() {
                 known.offered_pv_unhalt = offered;
                 // What KVM is about to store.
-                known.has_pv_unhalt = offered && !flags.contains(Exits::HLT);
+                known.has_pv_unhalt = offered && !native;
             } else if !changed {
                 // KVM has made the stored table by the same flags as it will look at this one.
-            } else if flags.contains(Exits::HLT) {
-                // It will take the bit out of the incoming table, and expect it so.
+            } else if offered || native {
+                // KVM takes the bit out of the incoming table, which is its own copy, if the flag is
+                // set when it looks, a moment from now. Without the bit in either of the two, they
+                // are equal whatever happens to the flag until then.
+                let had = stored.has_pv_unhalt();
+                incoming.set_pv_unhalt(false);
                 stored.set_pv_unhalt(false);
+                known.offered_pv_unhalt |= had;
                 known.has_pv_unhalt = false;
-            } else if offered {
-                // The incoming table is KVM's own copy: better to let it repeat what is stored than
-                // to tell a guest that runs of what it did not know.
-                incoming.set_pv_unhalt(stored.has_pv_unhalt());
+                // A guest that runs shall not notice.
+                known.veiled |= had && !native;
+                let known = *known;
+                if known.veiled || vm.has_to_change(&known) {
+                    vm.ask(index as usize, vcpu);
+                }
             }
             vm.account();
             Some(())
@@ -432,7 +440,7 @@ impl Vm {
         let flags = Exits::from_bits_truncate(kvm.disabled_exits());
         let was_in_l2 = known.in_l2;
         let as_flags = known.in_force == flags && !known.rewrite;
-        if known.entered && !self.has_to_change(&known) && as_flags {
+        if known.entered && !self.has_to_change(&known) && as_flags && !known.veiled {
             // What KVM makes of the flags by itself is left to it.
             self.vcpus.get_mut(index)?.in_l2 = false;
             return Some(was_in_l2);
@@ -452,27 +460,41 @@ impl Vm {
         let same = known.in_force == open && known.sure;
         let mut in_l2 = false;
         if !same || open != self.flags || known.rewrite {
-            match facts.vendor.write_controls(loaded, open) {
+            let now = match facts.vendor.write_controls(loaded, open) {
                 Ok(()) => {
                     let known = self.vcpus.get_mut(index)?;
                     known.in_force = open;
                     known.sure = true;
                     known.rewrite = false;
+                    open
                 }
-                Err(_) => in_l2 = !same,
-            }
+                Err(InL2) => {
+                    in_l2 = !same;
+                    // Nothing is half applied: it may be taken back before L2 ends.
+                    known.in_force
+                }
+            };
+            facts.vendor.write_msrs(loaded, now);
         }
+        // SAFETY: This is KVM_RUN, which holds the mutex.
+        let stored = unsafe { cpuid::Table::stored(vcpu) };
+        if !known.entered {
+            // The flag may have changed between our look at it and KVM's, when CPUID was set.
+            self.vcpus.get_mut(index)?.has_pv_unhalt = stored.has_pv_unhalt();
+        }
+        let known = *self.vcpus.get(index)?;
         let restore = self.shall_get_pv_unhalt(&known);
+        let native = Exits::from_bits_truncate(kvm.disabled_exits()).contains(Exits::HLT);
+        let unveil = known.veiled && !native;
         let known = self.vcpus.get_mut(index)?;
         known.entered = true;
         known.in_l2 = in_l2;
         known.outside = false;
-        if restore {
-            // SAFETY: This is KVM_RUN, which holds the mutex.
-            unsafe {
-                cpuid::Table::stored(vcpu).set_pv_unhalt(true);
-                vcpu.tell_pv_unhalt();
-            }
+        known.veiled = false;
+        if restore || unveil {
+            stored.set_pv_unhalt(true);
+            // SAFETY: As above.
+            unsafe { vcpu.tell_pv_unhalt() };
             known.has_pv_unhalt = true;
         }
         let undone = !in_l2 && known.in_force != target;

@@ -117,8 +117,10 @@ pub(crate) struct Vcpu {
     pub(crate) rewrite: bool,
     /// The VMM wanted the guest to be told of PV_UNHALT, before the vCPU ran.
     pub(crate) offered_pv_unhalt: bool,
-    /// What the guest reads in CPUID has it. Not kept for who was not offered it.
+    /// What the guest reads in CPUID has it.
     pub(crate) has_pv_unhalt: bool,
+    /// It has it not, and shall have it again before it executes anything.
+    pub(crate) veiled: bool,
 }
 
 impl Vcpu {

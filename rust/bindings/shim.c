@@ -282,6 +282,13 @@ void exitpolicy_walk_open_files(exitpolicy_file_fn fn, void *data)
 	rcu_read_unlock();
 }
 
+void exitpolicy_svm_exit_in_l2(struct kvm_vcpu *vcpu, u32 msr)
+{
+	/* KVM has allocated this one before it entered L2. */
+	if (is_guest_mode(vcpu))
+		svm_set_msr_bitmap_read(to_svm(vcpu)->nested.msrpm, msr);
+}
+
 bool exitpolicy_svm_is_encrypted(struct kvm *kvm)
 {
 #ifdef CONFIG_KVM_AMD_SEV

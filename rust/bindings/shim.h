@@ -103,6 +103,8 @@ void exitpolicy_set_intercept_for_msr(struct kvm_vcpu *vcpu, u32 msr,
 void exitpolicy_switch_to_sw_timer(struct kvm_vcpu *vcpu);
 
 bool exitpolicy_cpu_has_idle_hlt(void);
+/* Of a vCPU of kvm-amd's: if it is in L2, reads of the MSR there exit from now on. */
+void exitpolicy_svm_exit_in_l2(struct kvm_vcpu *vcpu, u32 msr);
 /* Of a VM of kvm-amd's: SEV-ES or SEV-SNP. */
 bool exitpolicy_svm_is_encrypted(struct kvm *kvm);
 /*

@@ -43,8 +43,12 @@ pub(crate) trait Vendor: Sync {
     /// Exits whose flag can be set only while no vCPU is looked at by any CPU.
     fn quiet_flags(&self) -> Exits;
 
-    /// Makes the vCPU's controls let through what is in `open`, and no other exit.
+    /// Makes the vCPU's controls let through what is in `open`, and no other exit. Nothing is
+    /// written where they are out of reach.
     fn write_controls(&self, vcpu: kvm::LoadedVcpu<'_>, open: Exits) -> Result<(), InL2>;
+
+    /// The same for reads of MSRs, which are within reach everywhere.
+    fn write_msrs(&self, vcpu: kvm::LoadedVcpu<'_>, open: Exits);
 }
 
 /// A parameter of the vendor module, with a place to keep its value in.

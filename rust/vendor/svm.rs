@@ -57,7 +57,7 @@ impl Vendor for Svm {
             vcpu_free: c"svm_vcpu_free",
             vm_destroy: c"svm_vm_destroy",
             // vmcb01 can be written at any time, and what the hooked function does next carries it
-            // over to vmcb02 (svm.h: svm_mark_intercepts_dirty()).
+            // over to vmcb02 (svm.h: svm_mark_intercepts_dirty()). For MSRs see write_msrs().
             nested_vmexit: None,
             set_intercept_for_msr: c"svm_set_intercept_for_msr",
             // SVM has no such timer.
@@ -108,7 +108,8 @@ impl Vendor for Svm {
         // life, which is written by its own thread only: this one. The CPU reads it at VMRUN.
         let control = unsafe { &raw mut (*(*svm).vmcb01.ptr).control };
         // The words that are written here are marked as dirty by what the hooked function does
-        // next (svm_recalc_instruction_intercepts() changes one at least).
+        // next (svm_recalc_instruction_intercepts() changes one at least). INIT makes KVM write
+        // them anew, and init_vmcb() asks for a recalculation itself, which brings us here again.
         // SAFETY: As above.
         let words = unsafe { &raw mut (*control).intercepts }.cast::<u32>();
         let intercept = |bit: u32, on: bool| {
@@ -147,9 +148,20 @@ impl Vendor for Svm {
                 }
             }
         }
-        for msr in [bindings::MSR_IA32_APERF, bindings::MSR_IA32_MPERF] {
-            set_msr_read_exit(vcpu, msr, !open.contains(Exits::APERFMPERF));
-        }
         Ok(())
+    }
+
+    fn write_msrs(&self, vcpu: kvm::LoadedVcpu<'_>, open: Exits) {
+        let exit = !open.contains(Exits::APERFMPERF);
+        for msr in [bindings::MSR_IA32_APERF, bindings::MSR_IA32_MPERF] {
+            set_msr_read_exit(vcpu, msr, exit);
+            if exit {
+                // L2 has a bitmap of its own, which KVM makes of this one and L1's with L1's next
+                // VMRUN only (nested.c: nested_svm_merge_msrpm()). That L1 wants no exit is no
+                // matter: KVM emulates the read then (nested_svm_exit_handled_msr()).
+                // SAFETY: A vCPU of kvm-amd, in its own thread.
+                unsafe { bindings::exitpolicy_svm_exit_in_l2(vcpu.vcpu().as_ptr(), msr) };
+            }
+        }
     }
 }

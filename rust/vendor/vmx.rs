@@ -79,7 +79,8 @@ impl Vendor for Vmx {
             return (Limits::HIDDEN, Refusal::HyperV);
         }
         if vcpu.knows_pv_unhalt() {
-            // A kick injects nothing, so that the VMCS of a vCPU that halts natively keeps its activity state, and the vCPU sleeps on.
+            // A kick injects nothing, so that the VMCS of a vCPU that halts natively keeps its activity
+            // state, and the vCPU sleeps on.
             // KVM, asked in time, would not have told the guest (cpuid.c:
             // kvm_apply_cpuid_pv_features_quirk()).
             return (Limits::KICKED, Refusal::PvUnhalt);
@@ -96,19 +97,6 @@ impl Vendor for Vmx {
         // SAFETY: A vCPU of kvm-intel is the first member of a `struct vcpu_vmx`. What is read and
         // written of it here is its own thread's, which this is.
         let vmcs01 = unsafe { &raw mut (*vmx).vmcs01 };
-        // These are in memory that belongs to vmcs01, and can be written in L2 too.
-        for msr in [
-            bindings::MSR_CORE_C1_RES,
-            bindings::MSR_CORE_C3_RESIDENCY,
-            bindings::MSR_CORE_C6_RESIDENCY,
-            bindings::MSR_CORE_C7_RESIDENCY,
-        ] {
-            set_msr_read_exit(vcpu, msr, !open.contains(Exits::CSTATE));
-        }
-        for msr in [bindings::MSR_IA32_APERF, bindings::MSR_IA32_MPERF] {
-            set_msr_read_exit(vcpu, msr, !open.contains(Exits::APERFMPERF));
-        }
-
         // SAFETY: As above.
         if unsafe { (*vmx).loaded_vmcs } != vmcs01 {
             return Err(InL2);
@@ -134,6 +122,7 @@ impl Vendor for Vmx {
             exits(Exits::MWAIT, mwait) | exits(Exits::HLT, hlt),
         );
         if !open.contains(Exits::HLT) {
+            // INIT needs no help: vmx_vcpu_reset() writes ACTIVE whatever the flag says.
             vmcs.leave_hlt();
         }
 
@@ -154,6 +143,22 @@ impl Vendor for Vmx {
             }
         }
         Ok(())
+    }
+
+    fn write_msrs(&self, vcpu: kvm::LoadedVcpu<'_>, open: Exits) {
+        // The bitmap is in memory that belongs to vmcs01. Of that and L1's, KVM makes L2's with L1's
+        // next VMLAUNCH or VMRESUME (nested.c: nested_vmx_prepare_msr_bitmap()).
+        for msr in [
+            bindings::MSR_CORE_C1_RES,
+            bindings::MSR_CORE_C3_RESIDENCY,
+            bindings::MSR_CORE_C6_RESIDENCY,
+            bindings::MSR_CORE_C7_RESIDENCY,
+        ] {
+            set_msr_read_exit(vcpu, msr, !open.contains(Exits::CSTATE));
+        }
+        for msr in [bindings::MSR_IA32_APERF, bindings::MSR_IA32_MPERF] {
+            set_msr_read_exit(vcpu, msr, !open.contains(Exits::APERFMPERF));
+        }
     }
 }
 

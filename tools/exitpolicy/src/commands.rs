@@ -16,7 +16,8 @@ use crate::{
     },
     notes::{
         self,
-        Situation, //
+        Situation,
+        Surroundings, //
     },
     output::{
         CgroupView,
@@ -277,7 +278,7 @@ impl LeftOff {
 impl Runner {
     fn status(&self) -> Result<Answer, Error> {
         let info = Device::open(&self.host)?.info()?;
-        let notes = notes::on_status(&info, doctor::is_exposed_to_smt_rsb(&self.host));
+        let notes = notes::on_status(&info, Surroundings::of(&self.host));
         Ok(self.answer(&StatusView::from(info), notes))
     }
 
@@ -373,7 +374,7 @@ impl Runner {
             info: device.info()?,
             policy,
             resolved: device.resolve_policy(&cgroup)?,
-            exposed_to_smt_rsb: doctor::is_exposed_to_smt_rsb(&self.host),
+            surroundings: Surroundings::of(&self.host),
         });
         let view = ChangeView {
             changed: PolicyView::new((&cgroup).into(), policy),
@@ -513,7 +514,7 @@ impl Runner {
                 &device.info()?,
                 disable,
                 seen.wanted(),
-                doctor::is_exposed_to_smt_rsb(&self.host),
+                Surroundings::of(&self.host),
             ),
             None => Vec::new(),
         };

@@ -162,6 +162,13 @@ pub fn is_exposed_to_smt_rsb(host: &Host) -> bool {
         && !mitigates_smt_rsb(host)
 }
 
+/// Whether pages of guests may have to be fetched from a disk.
+pub fn swaps(host: &Host) -> bool {
+    // One line for people, and one for each area.
+    host.read("/proc/swaps")
+        .is_ok_and(|text| text.lines().count() > 1)
+}
+
 fn mitigates_smt_rsb(host: &Host) -> bool {
     host.read("/sys/module/kvm/parameters/mitigate_smt_rsb")
         .is_ok_and(|value| value == "Y")

@@ -9,6 +9,7 @@ use exitpolicy::{
         Vendor,
         Vm, //
     },
+    doctor,
     live::{
         Refusal,
         Vcpu, //
@@ -18,7 +19,8 @@ use exitpolicy::{
         Policy,
         Resolved, //
     },
-    Error, //
+    Error,
+    Host, //
 };
 use rustix::io::Errno;
 
@@ -27,8 +29,25 @@ pub struct Situation {
     pub info: Info,
     pub policy: Policy,
     pub resolved: Resolved,
-    /// See [`exitpolicy::doctor::is_exposed_to_smt_rsb`].
+    pub surroundings: Surroundings,
+}
+
+/// What of the host makes native idling mean more than that.
+#[derive(Clone, Copy, Default)]
+pub struct Surroundings {
+    /// See [`doctor::is_exposed_to_smt_rsb`].
     pub exposed_to_smt_rsb: bool,
+    /// See [`doctor::swaps`].
+    pub swaps: bool,
+}
+
+impl Surroundings {
+    pub fn of(host: &Host) -> Self {
+        Self {
+            exposed_to_smt_rsb: doctor::is_exposed_to_smt_rsb(host),
+            swaps: doctor::swaps(host),
+        }
+    }
 }
 
 fn note(code: &'static str, message: impl Into<String>) -> Note {
@@ -81,7 +100,7 @@ pub fn on_policy(situation: &Situation) -> Vec<Note> {
     }
 
     let given = policy.disable & resolved.allow & info.supported;
-    notes.extend(on_given(info, given, situation.exposed_to_smt_rsb));
+    notes.extend(on_given(info, given, situation.surroundings));
     notes
 }
 
@@ -90,7 +109,7 @@ pub fn on_override(
     info: &Info,
     disable: Exits,
     wanted: Exits,
-    exposed_to_smt_rsb: bool,
+    surroundings: Surroundings,
 ) -> Vec<Note> {
     if !info.enabled {
         return vec![off()];
@@ -111,7 +130,7 @@ pub fn on_override(
         ));
     }
     let given = disable & wanted & info.supported;
-    notes.extend(on_given(info, given, exposed_to_smt_rsb));
+    notes.extend(on_given(info, given, surroundings));
     notes
 }
 
@@ -126,7 +145,7 @@ fn unsupported_note(unsupported: Exits) -> Note {
 }
 
 /// What it means to be given these exits.
-fn on_given(info: &Info, given: Exits, exposed_to_smt_rsb: bool) -> Vec<Note> {
+fn on_given(info: &Info, given: Exits, surroundings: Surroundings) -> Vec<Note> {
     let mut notes = Vec::new();
     let idle = given & (Exits::HLT | Exits::MWAIT);
     if !idle.is_empty() {
@@ -152,14 +171,23 @@ fn on_given(info: &Info, given: Exits, exposed_to_smt_rsb: bool) -> Vec<Note> {
              hrtimers, which cost more, whether they use MWAIT or not",
         ));
     }
-    if exposed_to_smt_rsb {
-        notes.extend(smt_rsb(given));
-    }
+    notes.extend(on_surroundings(given, surroundings));
     notes
 }
 
+/// What it means on this host that VMs have, or can have, these exits.
+fn on_surroundings(exits: Exits, surroundings: Surroundings) -> Vec<Note> {
+    let smt_rsb = surroundings.exposed_to_smt_rsb.then(|| smt_rsb(exits));
+    let async_pf = surroundings.swaps.then(|| async_pf(exits));
+    [smt_rsb, async_pf]
+        .into_iter()
+        .flatten()
+        .flatten()
+        .collect()
+}
+
 /// Notes on the state of the module.
-pub fn on_status(info: &Info, exposed_to_smt_rsb: bool) -> Vec<Note> {
+pub fn on_status(info: &Info, surroundings: Surroundings) -> Vec<Note> {
     let mut notes = Vec::new();
     if info.missed > 0 {
         notes.push(note(
@@ -174,9 +202,7 @@ pub fn on_status(info: &Info, exposed_to_smt_rsb: bool) -> Vec<Note> {
     if !info.enabled && info.holding > 0 {
         notes.push(on_holders(&[], info.holding));
     }
-    if exposed_to_smt_rsb {
-        notes.extend(smt_rsb(info.supported));
-    }
+    notes.extend(on_surroundings(info.supported, surroundings));
     notes
 }
 
@@ -303,6 +329,18 @@ fn smt_rsb(exits: Exits) -> Option<Note> {
     })
 }
 
+/// x86.c: kvm_can_do_async_pf().
+fn async_pf(exits: Exits) -> Option<Note> {
+    exits.contains(Exits::HLT).then(|| {
+        note(
+            "async_pf",
+            "this host swaps: with hlt, KVM never halts a vCPU while one of its pages is fetched; \
+             where the guest cannot be told of that, the vCPU's thread waits for the page, and the \
+             vCPU takes no interrupt meanwhile",
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -331,7 +369,7 @@ mod tests {
             },
             policy,
             resolved: Resolved::from_nearest_to_root([(1, policy)]),
-            exposed_to_smt_rsb: false,
+            surroundings: Surroundings::default(),
         }
     }
 
@@ -355,8 +393,10 @@ mod tests {
         all.info.vendor = Some(Vendor::Svm);
         all.info.supported = set("mwait,hlt,pause,aperfmperf");
         assert_eq!(codes(&all), ["unsupported", "busy", "needs_vmm"]);
-        all.exposed_to_smt_rsb = true;
+        all.surroundings.exposed_to_smt_rsb = true;
         assert_eq!(codes(&all)[3..], ["smt_rsb"]);
+        all.surroundings.swaps = true;
+        assert_eq!(codes(&all)[3..], ["smt_rsb", "async_pf"]);
         // Only "cstate" is left out of what KVM supports.
         assert!(on_policy(&all)[0].message.contains("disable cstate on"));
     }
@@ -386,7 +426,7 @@ mod tests {
     #[test]
     fn overrides_have_notes_too() {
         let codes = |info: &Info, disable, wanted| -> Vec<_> {
-            on_override(info, set(disable), set(wanted), false)
+            on_override(info, set(disable), set(wanted), Surroundings::default())
                 .into_iter()
                 .map(|note| note.code)
                 .collect()
@@ -405,6 +445,23 @@ mod tests {
     }
 
     #[test]
+    fn who_gets_hlt_where_the_host_swaps_is_told_of_async_page_faults() {
+        let swaps = Surroundings {
+            swaps: true,
+            ..Surroundings::default()
+        };
+        let info = situation("none", "all").info;
+        let codes = |disable| -> Vec<_> {
+            on_override(&info, set(disable), set(disable), swaps)
+                .into_iter()
+                .map(|note| note.code)
+                .collect()
+        };
+        assert_eq!(codes("hlt"), ["busy", "async_pf"]);
+        assert!(codes("pause").is_empty());
+    }
+
+    #[test]
     fn vms_are_named_or_counted() {
         assert_eq!(vms_in_words(&[3], 1), "1 VM (3)");
         assert_eq!(vms_in_words(&[3, 7], 1), "2 VMs (3, 7)");
@@ -415,14 +472,23 @@ mod tests {
     #[test]
     fn status_has_notes_too() {
         let mut info = situation("none", "all").info;
-        assert!(on_status(&info, false).is_empty());
-        assert_eq!(on_status(&info, true)[0].code, "smt_rsb");
+        let plain = Surroundings::default();
+        assert!(on_status(&info, plain).is_empty());
+        let all = Surroundings {
+            exposed_to_smt_rsb: true,
+            swaps: true,
+        };
+        let codes: Vec<_> = on_status(&info, all)
+            .into_iter()
+            .map(|note| note.code)
+            .collect();
+        assert_eq!(codes, ["smt_rsb", "async_pf"]);
         info.missed = 2;
-        assert_eq!(on_status(&info, false)[0].code, "missed");
+        assert_eq!(on_status(&info, plain)[0].code, "missed");
         info.missed = 0;
         info.holding = 2;
-        assert!(on_status(&info, false).is_empty());
+        assert!(on_status(&info, plain).is_empty());
         info.enabled = false;
-        assert_eq!(on_status(&info, false)[0].code, "holding");
+        assert_eq!(on_status(&info, plain)[0].code, "holding");
     }
 }

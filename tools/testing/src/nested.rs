@@ -3,8 +3,8 @@
 //! A guest that is a hypervisor. "L1" is the guest, "L2" the guest that it runs, and "L0" the host.
 //!
 //! L2 has L1's page tables, descriptor tables and interrupt handlers, and its interrupts are not
-//! intercepted: it is L1, but for the instructions that exit. It halts in a loop, and executes
-//! CPUID when it shall leave for L1, as that exits on every CPU.
+//! intercepted: it is L1, but for the instructions that exit. It halts in a loop, or reads APERF, and
+//! executes CPUID when it shall leave for L1, as that exits on every CPU.
 //!
 //! L1 finds its [`Page`] at the address in R14, besides [`Params`](crate::payload::Params). What is
 //! "APM" here is volume 2 of AMD's manual; "SDM" is volume 3 of Intel's. Names of fields and bits
@@ -24,6 +24,7 @@ use crate::{
     exits::Vendor,
     payload::{
         Params,
+        Payload,
         DONE,
         DONE_PORT,
         TIMER_VECTOR, //
@@ -32,11 +33,11 @@ use crate::{
 
 /// What a vCPU needs, in pages: [`Page`]; VMCB or VMCS; what the CPU wants for itself, which is the
 /// host state-save area or the VMXON region; and MSR bitmaps that intercept nothing.
-pub const PAGES: usize = 4;
+pub const PAGES: usize = 5;
 const PAGE: u64 = 0x1000;
 const CONTROL_BLOCK: u64 = PAGE;
 const OWN: u64 = 2 * PAGE;
-const MSR_BITMAP_PAGE: u64 = 3 * PAGE;
+const MSR_BITMAP_PAGES: u64 = 3 * PAGE;
 
 /// L2's stack is in the page of `Params`, below that of L1.
 const L2_STACK: u64 = 0xc00;
@@ -212,6 +213,8 @@ core::arch::global_asm!(
     "cmp eax, [r15 + {until}]",
     "jae exitpolicy_nested_l2",
     "inc dword ptr [r15 + {begun}]",
+    "cmp dword ptr [r15 + {payload}], {aperf}",
+    "je 73f",
     "mov ecx, 0x838", // timer initial count
     "mov eax, [r15 + {ticks}]",
     "xor edx, edx",
@@ -220,11 +223,18 @@ core::arch::global_asm!(
     "sti",
     "hlt",
     "cli",
+    "74:",
     "inc dword ptr [r15 + {executed}]",
     "jmp exitpolicy_nested_l2",
+    "73:",
+    "mov ecx, 0xe8", // IA32_APERF
+    "rdmsr",
+    "jmp 74b",
     ".globl exitpolicy_nested_end",
     "exitpolicy_nested_end:",
     ".popsection",
+    payload = const offset_of!(Params, payload),
+    aperf = const Payload::L2Aperf as u32,
     ticks = const offset_of!(Params, ticks),
     executed = const offset_of!(Params, executed),
     stop = const offset_of!(Params, stop),
@@ -318,6 +328,7 @@ impl Setup {
     fn vmcb(&self) -> Vec<(usize, u64)> {
         const INTERCEPT_CPUID: u64 = 1 << (114 - 96);
         const INTERCEPT_HLT: u64 = 1 << (120 - 96);
+        const INTERCEPT_MSR_PROT: u64 = 1 << (124 - 96);
         const INTERCEPT_VMRUN: u64 = 1; // 128, the first one of its word
         const SVME: u64 = 1 << 12;
         let hlt = if self.intercepts_hlt {
@@ -330,8 +341,9 @@ impl Setup {
         let (code, data) = (segment(CS, 0xa9b), segment(DATA, 0xc93));
         vec![
             // The fourth and fifth word of the intercepts, a half of each of these.
-            (0x008, (INTERCEPT_CPUID | hlt) << 32),
+            (0x008, (INTERCEPT_CPUID | hlt | INTERCEPT_MSR_PROT) << 32),
             (0x010, INTERCEPT_VMRUN),
+            (vmcb::MSRPM_BASE_PA, self.pages + MSR_BITMAP_PAGES),
             (0x058, 1),    // asid
             (0x400, data), // es
             (0x410, code), // cs
@@ -393,7 +405,7 @@ impl Setup {
             (CPU_BASED_VM_EXEC_CONTROL, exec),
             (VM_EXIT_CONTROLS, exit),
             (VM_ENTRY_CONTROLS, entry),
-            (MSR_BITMAP, self.pages + MSR_BITMAP_PAGE),
+            (MSR_BITMAP, self.pages + MSR_BITMAP_PAGES),
             (VMCS_LINK_POINTER, u64::MAX),
             (GUEST_CS_SELECTOR, CS),
             (GUEST_CS_LIMIT, 0xffff_ffff),
@@ -445,6 +457,7 @@ impl Setup {
 }
 
 mod vmcb {
+    pub const MSRPM_BASE_PA: usize = 0x048;
     pub const EXIT_CODE: usize = 0x070;
     pub const RIP: usize = 0x578;
 }

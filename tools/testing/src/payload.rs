@@ -74,6 +74,8 @@ pub enum Payload {
     L2Hlt = 9,
     /// HLT in a guest of the guest, which intercepts it, and halts itself.
     L2HltIntercepted = 10,
+    /// RDMSR of APERF in a guest of the guest, which does not intercept it.
+    L2Aperf = 11,
 }
 
 impl Payload {
@@ -95,7 +97,7 @@ impl Payload {
             Self::Cstate => Exits::CSTATE,
             Self::Aperfmperf => Exits::APERFMPERF,
             Self::Nothing | Self::Timer | Self::Ipi | Self::Wakeups => Exits::NONE,
-            Self::L2Hlt | Self::L2HltIntercepted => Exits::NONE,
+            Self::L2Hlt | Self::L2HltIntercepted | Self::L2Aperf => Exits::NONE,
         }
     }
 }

@@ -613,7 +613,10 @@ impl Vcpu {
             })
         };
         let page = (PARAMS + self.index * PAGE) as u64;
-        let is_nested = matches!(work.payload, Payload::L2Hlt | Payload::L2HltIntercepted);
+        let is_nested = matches!(
+            work.payload,
+            Payload::L2Hlt | Payload::L2HltIntercepted | Payload::L2Aperf
+        );
         if is_nested {
             self.prepare_nested(work.payload == Payload::L2HltIntercepted)
                 .context("cannot make the guest a hypervisor")?;

@@ -51,6 +51,7 @@ use super::{
     Rig, //
 };
 use crate::{
+    is_slow_host,
     lifecycle::ensure_not_unloadable,
     matrix::floor,
     Test, //
@@ -92,6 +93,11 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("live::vmm::hot_plug", move || hot_plug(vendor)),
         Test::new("live::vmm::64_vcpus", move || many_vcpus(vendor)),
         Test::new("live::vmm::cpuid_repeated", move || cpuid_repeated(vendor)),
+        Test::new("live::vmm::cpuid_repeated_meanwhile", move || {
+            cpuid_repeated_meanwhile(vendor)
+        })
+        // VMX refuses `hlt` to who could tell.
+        .ignored(vendor == Vendor::Vmx),
     ];
     tests.extend(irqchips);
     tests.extend(filtered);
@@ -574,6 +580,83 @@ fn cpuid_repeated(vendor: Vendor) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A vCPU that knows PV_UNHALT is told its CPUID again while `hlt` is given and taken as fast as can
+/// be: whatever KVM finds, it is what it has. Where `hlt` was taken already, the guest does not notice.
+fn cpuid_repeated_meanwhile(vendor: Vendor) -> Result<()> {
+    let times = if is_slow_host()? { 100 } else { 2_000 };
+    let cgroup = Cgroup::new("own")?;
+    let make = Make {
+        vcpus: 1,
+        pv_unhalt: true,
+        ..Make::default()
+    };
+    let mut rig = Rig::new(vendor, &cgroup, make)?;
+    let vcpu = rig.vcpus[0];
+    let ensure_told = |rig: &mut Rig, when: &str| -> Result<()> {
+        let report = rig.vmm.run(vcpu, Work::new(Payload::Hlt, 3))?;
+        ensure!(report.pv_unhalt, "{when}: {report:?}");
+        Ok(())
+    };
+    ensure_told(&mut rig, "at first")?;
+    let device = Device::open()?;
+    for round in 0..4 {
+        rig.set(None, Exits::HLT)?;
+        rig.reset(None)?;
+        for _ in 0..round {
+            rig.vmm.act(vcpu, Action::SetCpuid)?;
+        }
+        ensure_told(&mut rig, "taken")?;
+        ensure!(
+            soon(|| Ok(device.info()?.holding == 0))?,
+            "round {round}: {:?}",
+            device.info()?
+        );
+    }
+
+    let id = rig.id;
+    let enough = AtomicBool::new(false);
+    let changes = thread::scope(|scope| -> Result<u32> {
+        let changer = scope.spawn(|| -> Result<u32> {
+            let mut changes = 0;
+            while !enough.load(Ordering::Acquire) {
+                ioctl::set_override(id, None, Exits::HLT)?;
+                ioctl::reset_override(id, None)?;
+                changes += 2;
+            }
+            Ok(changes)
+        });
+        let mut repeat = || -> Result<()> {
+            for time in 0..times {
+                rig.vmm
+                    .act(vcpu, Action::SetCpuid)
+                    .with_context(|| format!("time {time}"))?;
+                if time % 16 == 0 {
+                    rig.vmm.run(vcpu, Work::new(Payload::Hlt, 1))?;
+                }
+            }
+            Ok(())
+        };
+        let repeated = repeat();
+        enough.store(true, Ordering::Release);
+        let changes = changer.join().map_err(|_| anyhow!("the thread panicked"))?;
+        repeated?;
+        changes
+    })?;
+    ensure!(changes > 2, "{changes} changes");
+    eprintln!("    {changes} changes meanwhile");
+
+    let off = SwitchedOff::new()?;
+    ensure_told(&mut rig, "off")?;
+    rig.vmm.act(vcpu, Action::SetCpuid)?;
+    ensure!(
+        soon(|| Ok(device.info()?.holding == 0))?,
+        "{:?}",
+        device.info()?
+    );
+    drop(off);
+    rig.end()
 }
 
 /// What the VMM's filter denies exits, and faults, whatever is passed through.

@@ -23,6 +23,7 @@ use testing::{
     },
     interface::{
         self,
+        command,
         ioctl,
         sysfs,
         IN_FORCE, //
@@ -47,6 +48,7 @@ use testing::{
 };
 
 use super::{
+    changeable,
     few,
     Make,
     Rig, //
@@ -62,6 +64,8 @@ use crate::{
 };
 
 const IN_L2: &str = "pending: in L2";
+/// The command's exit status for vCPUs that were waited for in vain.
+const ON_THEIR_WAY: i32 = 5;
 
 /// What leaves L2 on VMX.
 const NESTED_VMEXIT: &str = "__nested_vmx_vmexit";
@@ -80,6 +84,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     // time.
     let with_hook = if is_slow_host()? { 20 } else { 500 };
     let no_waiting = vendor == Vendor::Svm;
+    let no_aperf = !changeable(vendor)?.contains(Exits::APERFMPERF);
     Ok(vec![
         Test::new(
             format!("live::nested::l2_halts_{changes}_times"),
@@ -104,10 +109,19 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
             hook_that_cannot_be(vendor)
         })
         .ignored(no_waiting),
+        Test::new(
+            format!("live::nested::l2_reads_aperf_{changes}_times"),
+            move || l2_reads_aperf(vendor, changes),
+        )
+        .ignored(no_aperf),
         Test::new("live::nested::taken_back_in_l2", move || {
-            taken_back_in_l2(vendor)
+            taken_back_in_l2(vendor, Payload::L2Hlt)
         })
         .ignored(no_waiting),
+        Test::new("live::nested::aperf_taken_back_in_l2", move || {
+            taken_back_in_l2(vendor, Payload::L2Aperf)
+        })
+        .ignored(no_waiting || no_aperf),
         Test::new("live::nested::switched_off_in_l2", move || {
             switched_off_in_l2(vendor)
         }),
@@ -117,6 +131,8 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
 /// A VM whose first vCPU has a guest of its own.
 struct Nested {
     rig: Rig,
+    /// What L2 executes.
+    payload: Payload,
     /// How often L2 was made to leave.
     trips: u32,
 }
@@ -125,6 +141,9 @@ impl Nested {
     /// L2 stands at the gate.
     fn start(vendor: Vendor, cgroup: &Cgroup, payload: Payload) -> Result<Self> {
         let mut nested = Self::new(vendor, cgroup, 1)?;
+        if payload == Payload::L2Aperf {
+            nested.payload = Payload::Aperfmperf;
+        }
         nested.rig.start_one(0, Work::gated(payload))?;
         // It has got there.
         nested.leave()?;
@@ -138,7 +157,11 @@ impl Nested {
             ..Make::default()
         };
         let rig = Rig::new(vendor, cgroup, make)?;
-        Ok(Self { rig, trips: 0 })
+        Ok(Self {
+            rig,
+            payload: Payload::Hlt,
+            trips: 0,
+        })
     }
 
     /// Makes L2 leave. L1 stands at its own gate then.
@@ -166,10 +189,10 @@ impl Nested {
         Ok(self.rig.view()?.vcpu(0)?.state.clone())
     }
 
-    /// Gives or takes HLT, and waits so many ms at most. Returns how many vCPUs are pending.
+    /// Gives or takes L2's exit, and waits so many ms at most. Returns how many vCPUs are pending.
     fn change(&self, on: bool, timeout_ms: u32) -> Result<u32> {
         let (command, disable) = match on {
-            true => (uapi::SET_VM, Exits::HLT),
+            true => (uapi::SET_VM, self.payload.exit()),
             false => (uapi::RESET_VM, Exits::NONE),
         };
         let argument = uapi::Override {
@@ -183,18 +206,19 @@ impl Nested {
         Ok(Device::open()?.overriding(command, argument)?.pending)
     }
 
-    /// Fails unless L2's HLTs cost so many exits each.
+    /// Fails unless each of L2's executions costs so many exits.
     fn check(&mut self, counter: &Counter, exits_each: u64) -> Result<()> {
+        let payload = self.payload;
         let before = counter.read()?;
         self.rig
-            .step(&[0], few(Payload::Hlt))
+            .step(&[0], few(payload))
             .with_context(|| format!("{:x?}", self.rig.guest.l1(0)))?;
         let window = before[0].until(&counter.read()?[0]);
-        let exits = window.of(self.rig.vendor, Payload::Hlt);
-        let expected = exits_each * u64::from(few(Payload::Hlt));
+        let exits = window.of(self.rig.vendor, payload);
+        let expected = exits_each * u64::from(few(payload));
         ensure!(
             exits == [expected],
-            "{exits:?} exits for HLT, should be {expected}: {window:?}\n{:?}",
+            "{exits:?} exits for {payload:?}, should be {expected}: {window:?}\n{:?}",
             self.rig.view()
         );
         Ok(())
@@ -312,6 +336,31 @@ fn ensure_hooked(hooked: bool) -> Result<()> {
         if hooked { "" } else { "not " },
         hooked_functions()?
     );
+}
+
+/// L1 lets L2 read APERF. Once that is taken back, no read of L2's is native any more; what SVM is given in
+/// L2, L2 has when L1 enters it next.
+fn l2_reads_aperf(vendor: Vendor, changes: u32) -> Result<()> {
+    let cgroup = Cgroup::new("own")?;
+    let mut nested = Nested::start(vendor, &cgroup, Payload::L2Aperf)?;
+    let counter = nested.rig.counter()?;
+    nested.check(&counter, 1)?;
+    for change in 0..changes {
+        let on = change % 2 == 0;
+        let pending = nested.change(on, limit(vendor))?;
+        let follow = |nested: &mut Nested| {
+            nested.ensure_followed(&counter, pending, u64::from(on))?;
+            if on && vendor == Vendor::Svm {
+                nested.leave()?;
+                nested.back();
+            }
+            nested.check(&counter, u64::from(!on))
+        };
+        follow(&mut nested).with_context(|| format!("change {change}"))?;
+    }
+    drop(counter);
+    ensure_hooked(false)?;
+    nested.end()
 }
 
 /// L1 lets L2 halt, so that L2's HLTs are as L1's would be.
@@ -460,6 +509,14 @@ fn pending_in_l2(vendor: Vendor) -> Result<()> {
     let info = Device::open()?.info()?;
     ensure!((info.pending, info.holding) == (1, 1), "{info:?}");
     ensure_not_unloadable()?;
+    let id = nested.rig.id.to_string();
+    let set = command::run(&["vm", "set", &id, "--disable", "hlt", "--timeout", "20ms"])?;
+    let said = String::from_utf8_lossy(&set.stderr);
+    ensure!(
+        set.status.code() == Some(ON_THEIR_WAY) && said.contains("vCPU 0 (pending: in L2)"),
+        "{}: {said}",
+        set.status
+    );
 
     nested.leave_and_change()?;
     let view = interface::only_vm()?;
@@ -523,9 +580,9 @@ fn without_the_hook(vendor: Vendor, symbol: &str) -> Result<()> {
 }
 
 /// What is pending in L2 is taken back there: nothing is to be done any more, nor waited for.
-fn taken_back_in_l2(vendor: Vendor) -> Result<()> {
+fn taken_back_in_l2(vendor: Vendor, payload: Payload) -> Result<()> {
     let cgroup = Cgroup::new("own")?;
-    let mut nested = Nested::start(vendor, &cgroup, Payload::L2Hlt)?;
+    let mut nested = Nested::start(vendor, &cgroup, payload)?;
     let counter = nested.rig.counter()?;
     nested.give_in_l2()?;
     let pending = nested.change(false, uapi::MAX_TIMEOUT)?;
