@@ -95,7 +95,8 @@ use crate::{
         DONE,
         DONE_BY_SIPI,
         DONE_PORT,
-        KVM_FEATURE_PV_UNHALT, //
+        KVM_FEATURE_PV_UNHALT,
+        TIMER_VECTOR, //
     },
     resets,
     stats,
@@ -241,7 +242,11 @@ pub enum Action {
     InjectException,
     /// KVM_SMI.
     Smi,
+    /// KVM_INTERRUPT, where the VMM has the interrupt controllers, with the timer's vector.
+    Interrupt,
 }
+
+nix::ioctl_write_ptr!(kvm_interrupt, 0xAE, 0x86, kvm_bindings::kvm_interrupt);
 
 /// What makes a vCPU go on elsewhere.
 #[derive(Clone)]
@@ -777,6 +782,13 @@ impl Vcpu {
             Action::SetRunnable => self.set_runnable()?,
             Action::Nmi => self.fd.nmi().map_err(from_kvm)?,
             Action::Smi => self.fd.smi().map_err(from_kvm)?,
+            Action::Interrupt => {
+                let interrupt = kvm_bindings::kvm_interrupt {
+                    irq: TIMER_VECTOR as u32,
+                };
+                // SAFETY: The command reads such a structure.
+                unsafe { kvm_interrupt(self.fd.as_raw_fd(), &interrupt) }?;
+            }
             Action::InjectException => {
                 let mut events = self.fd.get_vcpu_events()?;
                 events.exception.injected = 1;
