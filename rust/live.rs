@@ -390,7 +390,7 @@ impl Engine {
         let offered = incoming.has_pv_unhalt();
         self.vms.with_key(kvm.key(), |vm, kvm| {
             let native = Exits::from_bits_truncate(kvm?.disabled_exits()).contains(Exits::HLT);
-            let changed = vm.changed;
+            let (changed, overridable) = (vm.changed, vm.overridable);
             let known = vm.vcpus.get_mut(index as usize)?;
             if !vcpu.has_run() && !vcpu.in_l2() {
                 known.offered_pv_unhalt = offered;
@@ -398,7 +398,7 @@ impl Engine {
                 known.has_pv_unhalt = offered && !native;
             } else if !changed {
                 // KVM has made the stored table by the same flags as it will look at this one.
-            } else if offered || native {
+            } else if native || (offered && overridable) {
                 // KVM takes the bit out of the incoming table, which is its own copy, if the flag is
                 // set when it looks, a moment from now. Without the bit in either of the two, they
                 // are equal whatever happens to the flag until then.
@@ -413,6 +413,10 @@ impl Engine {
                 if known.veiled || vm.has_to_change(&known) {
                     vm.ask(index as usize, vcpu);
                 }
+            } else if offered {
+                // The flag stays as it is while policies are switched off, and so does the guest's
+                // CPUID: better than to hold the module until the vCPU runs.
+                incoming.set_pv_unhalt(stored.has_pv_unhalt());
             }
             vm.account();
             Some(())

@@ -95,7 +95,8 @@ use crate::{
         DONE,
         DONE_BY_SIPI,
         DONE_PORT,
-        KVM_FEATURE_PV_UNHALT, //
+        KVM_FEATURE_PV_UNHALT,
+        TIMER_VECTOR, //
     },
     resets,
     stats,
@@ -118,8 +119,9 @@ const PD: usize = 0x5000;
 const CODE: usize = 0x8000;
 /// Where a vCPU begins after SIPI, as a page number.
 pub const SIPI_PAGE: usize = 0xd;
-/// A word that the SMI handler increments.
+/// A word that the SMI handler increments, and one that keeps it from returning while it is not 0.
 const SMIS: usize = 0xe000;
+const SMM_GATE: usize = SMIS + 2;
 /// One page for each vCPU.
 const PARAMS: usize = 0x10000;
 /// The SMI handler, where it is after a reset; the page of a vCPU that gets none.
@@ -240,7 +242,11 @@ pub enum Action {
     InjectException,
     /// KVM_SMI.
     Smi,
+    /// KVM_INTERRUPT, where the VMM has the interrupt controllers, with the timer's vector.
+    Interrupt,
 }
+
+nix::ioctl_write_ptr!(kvm_interrupt, 0xAE, 0x86, kvm_bindings::kvm_interrupt);
 
 /// What makes a vCPU go on elsewhere.
 #[derive(Clone)]
@@ -387,6 +393,15 @@ impl Guest {
         unsafe {
             let smis: *const u16 = self.memory.address.as_ptr().add(SMIS).cast();
             smis.read_volatile()
+        }
+    }
+
+    /// Keeps a guest that is, or gets, there in system management mode, or lets it go.
+    pub fn hold_in_smm(&self, hold: bool) {
+        // SAFETY: Mapped and aligned; only one test writes it.
+        unsafe {
+            let gate: *mut u16 = self.memory.address.as_ptr().add(SMM_GATE).cast();
+            gate.write_volatile(hold.into());
         }
     }
 
@@ -767,6 +782,13 @@ impl Vcpu {
             Action::SetRunnable => self.set_runnable()?,
             Action::Nmi => self.fd.nmi().map_err(from_kvm)?,
             Action::Smi => self.fd.smi().map_err(from_kvm)?,
+            Action::Interrupt => {
+                let interrupt = kvm_bindings::kvm_interrupt {
+                    irq: TIMER_VECTOR as u32,
+                };
+                // SAFETY: The command reads such a structure.
+                unsafe { kvm_interrupt(self.fd.as_raw_fd(), &interrupt) }?;
+            }
             Action::InjectException => {
                 let mut events = self.fd.get_vcpu_events()?;
                 events.exception.injected = 1;
@@ -956,8 +978,11 @@ fn build_guest(memory: &Memory) {
     let code = payload::code();
     memory.write(CODE, code.bytes);
     memory.write(SIPI_PAGE * PAGE, code.sipi);
-    // In 16-bit mode: inc word ptr [SMIS]; rsm.
-    memory.write(SMM, &[0xff, 0x06, 0x00, (SMIS >> 8) as u8, 0x0f, 0xaa]);
+    // In 16-bit mode: inc word ptr [SMIS]; 1: cmp word ptr [SMM_GATE], 0; jne 1b; rsm.
+    let [smis, gate] = [SMIS, SMM_GATE].map(|at| (at as u16).to_le_bytes());
+    let mut smi = vec![0xff, 0x06, smis[0], smis[1]];
+    smi.extend([0x83, 0x3e, gate[0], gate[1], 0x00, 0x75, 0xf9, 0x0f, 0xaa]);
+    memory.write(SMM, &smi);
     memory.write(NESTED_CODE, nested::code());
     let (timed, handler) = timed::code();
     memory.write(timed::CODE, timed);

@@ -3,6 +3,7 @@
 //! VMMs that move, stop, grow and repeat themselves while policies change.
 
 use std::{
+    ops::Range,
     sync::atomic::{
         AtomicBool,
         Ordering, //
@@ -17,20 +18,32 @@ use anyhow::{
     Result, //
 };
 use exitpolicy_policy::Exits;
+use serde_json::json;
 use testing::{
     cgroup::Cgroup,
-    exits::Vendor,
+    client::Thread,
+    exits::{
+        Counter,
+        Counts,
+        Vendor, //
+    },
     interface::{
         self,
+        command,
         ioctl,
         SwitchedOff,
+        VcpuView,
+        IN_FORCE,
         NEXT_ENTRY, //
     },
     modules::{
         self,
         EXITPOLICY, //
     },
-    payload::Payload,
+    payload::{
+        Payload,
+        TIMER_VECTOR, //
+    },
     soon,
     uapi::{
         self,
@@ -46,6 +59,7 @@ use testing::{
 use super::{
     changeable,
     few,
+    halted::wait_for_native_halts,
     is_certain,
     Make,
     Rig, //
@@ -313,17 +327,35 @@ fn straggler(vendor: Vendor) -> Result<()> {
     ensure!((info.pending, info.holding) == (1, 1), "{info:?}");
     drop(device);
     ensure_not_unloadable()?;
+    // The command names it, and does not wait for ever.
+    let off = command::json(&["off"])?;
+    ensure!(
+        off["holders"] == json!([rig.id])
+            && off["stragglers"][0]["vcpu"] == 1
+            && off["stragglers"][0]["state"] == "at_next_entry"
+            && off["stragglers"]
+                .as_array()
+                .is_some_and(|all| all.len() == 1),
+        "{off}"
+    );
+    let unload = command::run(&["unload", "--timeout", "100ms"])?;
+    let said = String::from_utf8_lossy(&unload.stderr);
+    ensure!(
+        unload.status.code() == Some(1) && said.contains("vCPU 1 (at next entry)"),
+        "{}: {said}",
+        unload.status
+    );
 
     // It runs, and that was all that was waited for.
     rig.vmm.go_on(paused)?;
     rig.step(&[1], 5)?;
     rig.settled()?;
-    interface::drain()?;
     {
         let counter = rig.counter()?;
         rig.check_all(&counter, Payload::Hlt, false)?;
     }
-    modules::unload(EXITPOLICY)?;
+    command::text(&["unload"])?;
+    ensure!(!modules::is_loaded(EXITPOLICY)?, "it is still loaded");
     rig.step(&[0, 1], 5)?;
     modules::load(EXITPOLICY)?;
     rig.stop()?;
@@ -445,7 +477,10 @@ fn other_irqchip(vendor: Vendor, irqchip: Irqchip) -> Result<()> {
         ..Make::default()
     };
     let mut rig = Rig::new(vendor, &cgroup, make)?;
-    // Without a LAPIC, nothing would wake who sleeps.
+    if irqchip == Irqchip::None {
+        woken_by_the_vmm(&mut rig)?;
+    }
+    // Without a LAPIC, nothing else would wake who sleeps.
     let payloads = match irqchip {
         Irqchip::None => &[Payload::Pause, Payload::Cstate, Payload::Aperfmperf][..],
         _ => &Payload::EXITS,
@@ -465,9 +500,51 @@ fn other_irqchip(vendor: Vendor, irqchip: Irqchip) -> Result<()> {
     rig.end()
 }
 
-/// A large VM, of which most vCPUs never ran and some sleep, changes in one call.
+/// A native HLT ends by an interrupt of the VMM's, and by having its exits back.
+fn woken_by_the_vmm(rig: &mut Rig) -> Result<()> {
+    let vcpu = rig.vcpus[0];
+    for round in 0..3 {
+        rig.set(None, Exits::HLT)?;
+        let work = Work {
+            until: 1,
+            ..Work::gated(Payload::Hlt)
+        };
+        rig.start_one(0, work)?;
+        wait_for_native_halts(rig, &[(0, vcpu)], 1)?;
+        rig.vmm.leave(vcpu)?;
+        // On SVM that was the end of its HLT, and it takes interrupts in the next one only.
+        if rig.vendor == Vendor::Vmx {
+            rig.vmm.act(vcpu, Action::Interrupt)?;
+        }
+        rig.vmm.go_on(vcpu)?;
+        rig.wait_executed(0, 1)
+            .with_context(|| format!("round {round}"))?;
+        let params = rig.guest.params(0);
+        ensure!(
+            params.interrupts == 1 || rig.vendor == Vendor::Svm,
+            "{params:?}"
+        );
+
+        rig.guest.open_gate(0, 1);
+        wait_for_native_halts(rig, &[(0, vcpu)], 2)?;
+        rig.reset(None)?;
+        rig.wait_executed(0, 2)
+            .with_context(|| format!("round {round}, taken"))?;
+        let view = rig.settled()?;
+        ensure!(!view.vcpu(0)?.in_force.contains(Exits::HLT), "{view:?}");
+        rig.vmm.stop(vcpu)?;
+    }
+    Ok(())
+}
+
+/// A large VM changes in one call, whether its vCPUs sleep in KVM, halt natively, run or never ran, and
+/// who slept wakes by an IPI, not by the change.
 fn many_vcpus(vendor: Vendor) -> Result<()> {
     const VCPUS: usize = 64;
+    const BLOCKED: Range<usize> = 0..40;
+    const NATIVE: Range<usize> = 40..55;
+    const WAKER: usize = 55;
+    const RUNNER: usize = 56;
     let all = changeable(vendor)?;
     let cgroup = Cgroup::new("own")?;
     let make = Make {
@@ -475,51 +552,113 @@ fn many_vcpus(vendor: Vendor) -> Result<()> {
         ..Make::default()
     };
     let mut rig = Rig::new(vendor, &cgroup, make)?;
-    let asleep = Work {
-        ticks: 0,
-        ..Work::new(Payload::Hlt, 1)
-    };
-    for index in 0..8 {
-        rig.start_one(index, asleep)?;
-        rig.wait(|| rig.guest.params(index).begun == 1)?;
-    }
-    rig.start_one(8, Work::gated(Payload::Hlt))?;
-    rig.step(&[8], 1)?;
-    for (disable, passes) in [(Some(all), true), (None, false), (Some(all), true)] {
-        match disable {
-            Some(set) => rig.set(None, set)?,
-            None => rig.reset(None)?,
-        }
-        rig.step(&[8], 1)?;
+    let floor = floor(vendor)?;
+    let ensure_wanted = |rig: &Rig, disable: Exits| -> Result<()> {
         let view = rig.view()?;
-        ensure!(view.each.len() == VCPUS, "{view:?}");
-        let wanted = floor(vendor)? | disable.unwrap_or_default();
+        let wanted = floor | disable;
+        let is_fine = |vcpu: &VcpuView| vcpu.wanted == wanted && is_certain(&vcpu.state);
         ensure!(
-            view.each
-                .iter()
-                .all(|vcpu| vcpu.wanted == wanted && is_certain(&vcpu.state)),
+            view.each.len() == VCPUS && view.each.iter().all(is_fine),
             "{view:?}"
         );
-        ensure!(view.vcpu(8)?.in_force == wanted, "{view:?}");
-        // One that never ran, and one that slept.
-        let exits_of = |rig: &mut Rig, index: usize| -> Result<Vec<u64>> {
-            let vcpu = rig.vcpus[index];
-            let counted = rig.vmm.count(vcpu, Payload::Hlt, few(Payload::Hlt))?;
-            Ok(counted.exits.of(vendor, Payload::Hlt))
+        Ok(())
+    };
+    // Ends the sleeper's HLT, whichever of its HLTs that is.
+    let wake = |rig: &mut Rig, index: usize, which: u32| -> Result<()> {
+        let ipi = Work {
+            // Fixed, to the x2APIC id that is the index.
+            icr: [0x4000 | TIMER_VECTOR as u32, index as u32],
+            ..Work::new(Payload::Ipi, 1)
         };
-        let expected = if passes {
-            0
+        rig.vmm.run(rig.vcpus[WAKER], ipi)?;
+        rig.wait_executed(index, which)
+    };
+
+    // What the VM has, those have not that are to halt natively, and the other way round.
+    rig.set(None, all & !Exits::HLT)?;
+    for index in NATIVE {
+        rig.set(Some(index as u32), Exits::HLT)?;
+    }
+    let asleep = Work {
+        ticks: 0,
+        until: 1,
+        ..Work::gated(Payload::Hlt)
+    };
+    let threads = |rig: &Rig, range: Range<usize>| -> Vec<(usize, Thread)> {
+        range.map(|index| (index, rig.vcpus[index])).collect()
+    };
+    let tids: Vec<i32> = rig.vcpus[BLOCKED].iter().map(|vcpu| vcpu.tid).collect();
+    // A histogram has place for so many.
+    let counters = tids
+        .chunks(20)
+        .map(Counter::of)
+        .collect::<Result<Vec<_>>>()?;
+    let have_halted = |times: u64| -> Result<bool> {
+        let mut of_all = Vec::new();
+        for counter in &counters {
+            of_all.extend(counter.read()?);
+        }
+        let halts = |counts: &Counts| counts.of(vendor, Payload::Hlt) == [times];
+        Ok(of_all.iter().all(halts))
+    };
+    for index in BLOCKED.chain(NATIVE) {
+        rig.start_one(index, asleep)?;
+    }
+    ensure!(soon(|| have_halted(1))?, "they do not halt in KVM");
+    wait_for_native_halts(&rig, &threads(&rig, NATIVE), 1)?;
+    rig.start_one(RUNNER, Work::gated(Payload::Hlt))?;
+    rig.step(&[RUNNER], 1)?;
+
+    rig.reset(None)?;
+    ensure_wanted(&rig, Exits::NONE)?;
+    for index in BLOCKED {
+        let params = rig.guest.params(index);
+        ensure!(params.executed == 0, "woken by the change: {params:?}");
+    }
+    for index in BLOCKED.chain(NATIVE) {
+        wake(&mut rig, index, 1)?;
+        // And to sleep again, all of them in KVM.
+        rig.guest.open_gate(index, 1);
+    }
+    ensure!(soon(|| have_halted(2))?, "they do not halt again");
+
+    for disable in [all, Exits::NONE, all] {
+        if disable.is_empty() {
+            rig.reset(None)?;
         } else {
-            u64::from(few(Payload::Hlt))
-        };
-        let exits = exits_of(&mut rig, VCPUS - 1)?;
-        ensure!(exits == [expected], "{exits:?} exits of the last one");
+            rig.set(None, disable)?;
+        }
+        rig.step(&[RUNNER], 1)?;
+        ensure_wanted(&rig, disable)?;
+        let view = rig.view()?;
+        ensure!(
+            view.vcpu(RUNNER as u32)?.in_force == floor | disable,
+            "{view:?}"
+        );
+        // One that never ran.
+        let count = few(Payload::Hlt);
+        let counted = rig.vmm.count(rig.vcpus[VCPUS - 1], Payload::Hlt, count)?;
+        let exits = counted.exits.of(vendor, Payload::Hlt);
+        let expected = if disable.is_empty() { count } else { 0 };
+        ensure!(
+            exits == [u64::from(expected)],
+            "{exits:?} exits of the last one"
+        );
     }
     let view = interface::only_vm()?;
     ensure!(view.vcpus == VCPUS as u32, "{view:?}");
-    for index in 0..8 {
-        rig.vmm.leave(rig.vcpus[index])?;
+    for index in BLOCKED.chain(NATIVE) {
+        wake(&mut rig, index, 2)?;
+        let report = rig.vmm.stop(rig.vcpus[index])?;
+        ensure!(report.stuck_at.is_none(), "vCPU {index}: {report:?}");
+        let view = rig.view()?;
+        let vcpu = view.vcpu(index as u32)?;
+        ensure!(
+            vcpu.state == IN_FORCE && vcpu.in_force == floor | all,
+            "{vcpu:?}"
+        );
     }
+    rig.vmm.stop(rig.vcpus[RUNNER])?;
     rig.end()
 }
 

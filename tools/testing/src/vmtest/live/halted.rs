@@ -14,7 +14,15 @@ use anyhow::{
 use exitpolicy_policy::Exits;
 use testing::{
     cgroup::Cgroup,
-    exits::Vendor,
+    client::Thread,
+    exits::{
+        Counter,
+        Vendor, //
+    },
+    interface::{
+        ioctl,
+        IN_FORCE, //
+    },
     payload::{
         Payload,
         TIMER_VECTOR, //
@@ -48,7 +56,7 @@ const ICR_FIXED: u32 = 0x4000 | TIMER_VECTOR as u32;
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     type Body = fn(&mut Rig) -> Result<()>;
-    let tests: [(&str, Body); 17] = [
+    let tests: [(&str, Body); 20] = [
         ("taken_then_timer", taken_then_timer),
         ("taken_then_ipi", taken_then_ipi),
         ("taken_and_given_then_ipi", taken_and_given_then_ipi),
@@ -79,6 +87,11 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         ("smi_then_taken", |rig| {
             event(rig, Action::Smi, Taken::After)
         }),
+        ("taken_in_guest_then_smi", |rig| {
+            event(rig, Action::Smi, Taken::InGuest)
+        }),
+        ("taken_in_smm", taken_in_smm),
+        ("given_in_smm", given_in_smm),
         ("taken_then_init_sipi", |rig| init_sipi(rig, true)),
         ("taken_between_init_and_sipi", |rig| init_sipi(rig, false)),
         ("taken_then_migrated", migrated),
@@ -106,20 +119,36 @@ fn one_halt(ticks: u32) -> Work {
     }
 }
 
-/// The vCPU is in its first HLT: it has begun, and was interrupted since by the host, more than
-/// once, without getting to its end.
-fn wait_for_native_halt(rig: &Rig, vcpu: usize) -> Result<()> {
-    let counter = rig.counter()?;
-    rig.wait(|| rig.guest.params(vcpu).begun == 1)?;
-    let total = || -> Result<u64> { Ok(counter.read()?[vcpu].total()) };
-    let before = total()?;
-    ensure!(
-        soon(|| Ok(total()? >= before + 3))?,
-        "the host leaves the vCPU alone"
-    );
-    ensure_halting(rig, rig.guest.params(vcpu).executed)
+/// The sleeper, which this thread runs, is in its first HLT.
+fn wait_for_native_halt(rig: &Rig, vcpu: Thread) -> Result<()> {
+    wait_for_native_halts(rig, &[(SLEEPER, vcpu)], 1)
 }
 
+/// These vCPUs are in that HLT of theirs: it has begun, and they were interrupted since by the host,
+/// more than once, without getting to its end.
+pub(super) fn wait_for_native_halts(
+    rig: &Rig,
+    vcpus: &[(usize, Thread)],
+    which: u32,
+) -> Result<()> {
+    let tids: Vec<i32> = vcpus.iter().map(|(_, vcpu)| vcpu.tid).collect();
+    let counter = Counter::of(&tids)?;
+    let each = |is_so: &dyn Fn(usize) -> bool| vcpus.iter().all(|(index, _)| is_so(*index));
+    rig.wait(|| each(&|index| rig.guest.params(index).begun == which))?;
+    let before = counter.read()?;
+    let interrupted = || -> Result<bool> {
+        let now = counter.read()?;
+        let mut pairs = before.iter().zip(&now);
+        Ok(pairs.all(|(before, now)| now.total() >= before.total() + 3))
+    };
+    ensure!(soon(interrupted)?, "the host leaves the vCPU alone");
+    for (index, _) in vcpus {
+        ensure_halting(rig, rig.guest.params(*index).executed + 1 - which)?;
+    }
+    Ok(())
+}
+
+/// `executed` is 0 until the HLT has ended.
 fn ensure_halting(rig: &Rig, executed: u32) -> Result<()> {
     let halting = executed == 0 || rig.vendor == Vendor::Svm;
     ensure!(halting, "the guest does not halt any more");
@@ -130,7 +159,7 @@ fn ensure_halting(rig: &Rig, executed: u32) -> Result<()> {
 fn fall_asleep(rig: &mut Rig, ticks: u32) -> Result<()> {
     rig.set(None, Exits::HLT)?;
     rig.start_one(SLEEPER, one_halt(ticks))?;
-    wait_for_native_halt(rig, SLEEPER)
+    wait_for_native_halt(rig, rig.vcpus[SLEEPER])
 }
 
 /// What the waker sends, once for each time that its gate is opened.
@@ -308,6 +337,56 @@ fn event(rig: &mut Rig, action: Action, taken: Taken) -> Result<()> {
     halts_on(rig, false)
 }
 
+/// The vCPU is in system management mode, and stays there. It was in its HLT or at its gate.
+fn enter_smm(rig: &mut Rig) -> Result<()> {
+    let sleeper = rig.vcpus[SLEEPER];
+    rig.guest.hold_in_smm(true);
+    rig.vmm.act(sleeper, Action::Smi)?;
+    rig.vmm.go_on(sleeper)?;
+    rig.wait(|| rig.guest.smis() == 1)
+        .context("no system management interrupt")
+}
+
+/// A change in there is in force in there, before the guest goes back to where it was.
+fn ensure_changed_in_smm(rig: &Rig, hlt: bool) -> Result<()> {
+    let view = rig.settled()?;
+    let in_force = view.vcpu(SLEEPER as u32)?.in_force;
+    ensure!(in_force.contains(Exits::HLT) == hlt, "{view:?}");
+    ensure_halting(rig, rig.guest.params(SLEEPER).executed)?;
+    rig.guest.hold_in_smm(false);
+    Ok(())
+}
+
+/// It came from a native HLT, which the interrupt has ended.
+fn taken_in_smm(rig: &mut Rig) -> Result<()> {
+    fall_asleep(rig, 0)?;
+    leave(rig)?;
+    enter_smm(rig)?;
+    rig.reset(None)?;
+    ensure_changed_in_smm(rig, false)?;
+    wait_for_end_of_halt(rig)?;
+    halts_on(rig, false)
+}
+
+/// It came from the gate, and halts natively from then on.
+fn given_in_smm(rig: &mut Rig) -> Result<()> {
+    let work = Work {
+        until: 0,
+        ..one_halt(0)
+    };
+    rig.start_one(SLEEPER, work)?;
+    rig.wait(|| rig.guest.params(SLEEPER).cpuid1_ecx != 0)?;
+    leave(rig)?;
+    enter_smm(rig)?;
+    rig.set(Some(SLEEPER as u32), Exits::HLT)?;
+    ensure_changed_in_smm(rig, true)?;
+    rig.guest.open_gate(SLEEPER, 1);
+    wait_for_native_halt(rig, rig.vcpus[SLEEPER])?;
+    send(rig, ICR_FIXED)?;
+    wait_for_end_of_halt(rig)?;
+    halts_on(rig, true)
+}
+
 /// The guest's own reset of a vCPU.
 fn init_sipi(rig: &mut Rig, take_first: bool) -> Result<()> {
     fall_asleep(rig, 0)?;
@@ -334,32 +413,28 @@ fn migrated(rig: &mut Rig) -> Result<()> {
     let twin = rig.vmm.create_twin(rig.vm)?;
     rig.vmm.hide_pv_unhalt(twin)?;
     let there = rig.vmm.create_vcpu(twin, SLEEPER)?;
-    let views = testing::interface::ioctl::vms()?;
+    let views = ioctl::vms()?;
     let twin_id = views.iter().map(|view| view.id).max().context("no VM")?;
-    let change = |id, exits: Option<Exits>| -> Result<()> {
-        let pending = match exits {
-            Some(exits) => testing::interface::ioctl::set_override(id, None, exits)?,
-            None => testing::interface::ioctl::reset_override(id, None)?,
-        };
-        ensure!(pending == 0, "{pending} vCPUs are pending");
-        Ok(())
-    };
-    // The one that is to be overwritten halts.
-    change(twin_id, Some(Exits::HLT))?;
+    // The one that is to be overwritten halts, and HLT is taken back from it in there: of what it
+    // leaves in the VMCS, KVM repairs nothing later.
+    let pending = ioctl::set_override(twin_id, None, Exits::HLT)?;
+    ensure!(pending == 0, "{pending} vCPUs are pending");
     rig.vmm.start_run(there, one_halt(0))?;
-    rig.wait(|| rig.guest.params(SLEEPER).begun == 1)?;
-    for _ in 0..10 {
-        testing::pause();
-    }
-    let report = rig.vmm.leave(there)?;
-    ensure_halting(rig, report.executed)?;
+    wait_for_native_halt(rig, there)?;
+    ioctl::reset_override(twin_id, None)?;
+    let is_taken = || -> Result<bool> {
+        let view = ioctl::vm(twin_id)?;
+        let vcpu = view.vcpu(SLEEPER as u32)?;
+        Ok(vcpu.state == IN_FORCE && !vcpu.in_force.contains(Exits::HLT))
+    };
+    ensure!(soon(is_taken)?, "{:?}", ioctl::vm(twin_id)?);
+    rig.vmm.leave(there)?;
 
+    // Nothing but that it goes on elsewhere ends this one's.
     fall_asleep(rig, 0)?;
     leave(rig)?;
-    change(rig.id, None)?;
-    change(twin_id, None)?;
+    take_outside(rig)?;
     rig.vmm.migrate(here, there)?;
-    rig.vmm.act(there, Action::Nmi)?;
     rig.vmm.go_on(there)?;
     wait_for_end_of_halt(rig)?;
     rig.vmm.stop(there)?;
