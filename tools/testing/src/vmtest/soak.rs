@@ -34,6 +34,10 @@ use testing::{
         Cgroup, //
     },
     exits::Vendor,
+    faults::{
+        Leaks,
+        KMEMLEAK, //
+    },
     interface::{
         self,
         ioctl, //
@@ -174,6 +178,8 @@ pub fn soak(minutes: u64) -> Result<()> {
     resets::note_in(Path::new("/run/exitpolicy-resets"));
     modules::load_both()?;
     interface::ensure_empty().context("before the soak")?;
+    let leaks = Path::new(KMEMLEAK).exists().then(Leaks::from_now);
+    let leaks = leaks.transpose().context("kmemleak")?;
     let shared = Shared::default();
     let device = Device::open()?;
     let missed = device.info()?.missed;
@@ -254,6 +260,7 @@ pub fn soak(minutes: u64) -> Result<()> {
     interface::ensure_empty().context("after the soak")?;
     objects_at_rest(&shared, Some(&before))?;
     ensure_slab_shrinks_to(&before, MOST_GROWN)?;
+    leaks.map_or(Ok(()), |leaks| leaks.ensure_none(EXITPOLICY))?;
     lives.tell();
     let made = done.vms.load(Relaxed).min(done.cgroups.load(Relaxed));
     if made <= MOST_GROWN {
