@@ -506,10 +506,7 @@ impl Lives {
         let halts = Work::new(Payload::Hlt, u32::MAX);
         let mut vmm = Vmm::start(cgroup)?;
         let vm = vmm.create_vm()?;
-        // Who knows of it, and has HLT, is told another CPUID than its VMM repeats after a reset.
-        if turn % 2 == 0 {
-            vmm.hide_pv_unhalt(vm)?;
-        }
+        vmm.hide_pv_unhalt(vm)?;
         let added = 1 + turn as usize % 3;
         let mut vcpus = Vec::new();
         for index in 0..1 + added {
