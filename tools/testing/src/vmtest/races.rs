@@ -423,6 +423,8 @@ fn vms_and_our_module(vendor: Vendor, number: u64, dear: u64) -> Result<()> {
                 testing::pause();
             }
             modules::load_image(&image)?;
+            // So that there is time to read something, too.
+            testing::pause();
             Ok(1)
         }),
         Side::new("readings", dear, |_| read_if_there()),
@@ -506,6 +508,7 @@ impl Lives {
         let halts = Work::new(Payload::Hlt, u32::MAX);
         let mut vmm = Vmm::start(cgroup)?;
         let vm = vmm.create_vm()?;
+        // Or else KVM_SET_CPUID2 after a reset fails now and then (Documentation/live.md, "CPUID again").
         vmm.hide_pv_unhalt(vm)?;
         let added = 1 + turn as usize % 3;
         let mut vcpus = Vec::new();
