@@ -7,6 +7,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 FUZZ_MINUTES ?= 10
 SOAK_MINUTES ?= 30
+RACES ?= 10000
 
 # The lab, which builds as root and for its own kernel, has build/lab.
 BUILD := build
@@ -30,6 +31,7 @@ Without one, in emulated hosts (needs root, and Debian 12 or 13):
   make test             run all tests
   make test-debug       run them in kernels that look for mistakes and races, built the first time (hours)
   make fuzz             hostile input, for FUZZ_MINUTES (10)
+  make races            what happens at the same time, RACES times (10000) on each side
   make soak             everything at once, for SOAK_MINUTES (30)
   make bench            measure what passing exits through saves, and what the module costs
   make selftests        run the self-tests of Linux's KVM, without and with it
@@ -41,7 +43,7 @@ For developers:
   make clean            remove what was built here
 endef
 
-.PHONY: all module command man tests steady lab lab-build demo test test-debug fuzz soak bench selftests check install uninstall clean help
+.PHONY: all module command man tests steady lab lab-build demo test test-debug fuzz races soak bench selftests check install uninstall clean help
 all: module command man
 
 help:
@@ -118,6 +120,9 @@ fuzz: lab-build
 selftests: lab-build
 	tools/lab/setup --selftests
 	tools/testing/selftests
+
+races: lab-build
+	RACES="$(RACES)" tools/testing/races
 
 soak: lab-build
 	SOAK_MINUTES="$(SOAK_MINUTES)" tools/testing/soak

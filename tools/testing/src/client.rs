@@ -12,7 +12,6 @@ use std::{
     os::unix::process::ExitStatusExt,
     process::{
         Child,
-        ChildStdin,
         ChildStdout,
         Command,
         Stdio, //
@@ -52,7 +51,6 @@ pub const SERVE: &str = "--serve-as-vmm";
 /// A VMM process. It dies with the value.
 pub struct Vmm {
     child: Child,
-    requests: ChildStdin,
     answers: BufReader<ChildStdout>,
 }
 
@@ -79,13 +77,8 @@ impl Vmm {
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot start a VMM")?;
-        let requests = child.stdin.take().context("no pipe")?;
         let answers = BufReader::new(child.stdout.take().context("no pipe")?);
-        Ok(Self {
-            child,
-            requests,
-            answers,
-        })
+        Ok(Self { child, answers })
     }
 
     /// Its process id.
@@ -101,8 +94,9 @@ impl Vmm {
 
     /// Asks without waiting for an answer.
     pub fn send(&mut self, request: &Request) -> Result<()> {
-        writeln!(self.requests, "{}", serde_json::to_string(request)?)?;
-        Ok(self.requests.flush()?)
+        let requests = self.child.stdin.as_mut().context("no pipe")?;
+        writeln!(requests, "{}", serde_json::to_string(request)?)?;
+        Ok(requests.flush()?)
     }
 
     /// The answer to what was asked with [`Vmm::send`].
@@ -334,6 +328,16 @@ impl Vmm {
     /// Closes a VM and its vCPUs.
     pub fn close(&mut self, vm: usize) -> Result<()> {
         self.expect(&Request::Close { vm }).map(drop)
+    }
+
+    /// Has the VMM exit by itself, whatever its vCPUs do: its input ends.
+    pub fn end(mut self) -> Result<()> {
+        let status = self.child.wait()?;
+        ensure!(
+            status.success(),
+            "the VMM did not exit as it should: {status}"
+        );
+        Ok(())
     }
 
     /// Kills the VMM, in the middle of whatever it does.

@@ -24,7 +24,8 @@ use anyhow::{
 const FAILSLAB: &str = "/sys/kernel/debug/failslab";
 const FAIL_PAGE_ALLOC: &str = "/sys/kernel/debug/fail_page_alloc";
 const SLABS: &str = "/sys/kernel/slab";
-const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
+/// Where kmemleak tells, in kernels that have it.
+pub const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
 
 /// Whether this kernel can do it.
 pub fn are_possible() -> bool {

@@ -43,9 +43,19 @@ pub fn unload(name: &str) -> nix::Result<()> {
 
 /// Our module's file, as `modprobe` finds it.
 pub fn image() -> Result<Vec<u8>> {
+    image_at(&format!("updates/{EXITPOLICY}.ko"))
+}
+
+/// The same of KVM's vendor module, which the lab has unpacked.
+pub fn image_of(vendor: Vendor) -> Result<Vec<u8>> {
+    let name = vendor.module().replace('_', "-");
+    image_at(&format!("kernel/arch/x86/kvm/{name}.ko"))
+}
+
+fn image_at(path: &str) -> Result<Vec<u8>> {
     let release = nix::sys::utsname::uname()?;
     let release = release.release().to_string_lossy();
-    let path = format!("/lib/modules/{release}/updates/{EXITPOLICY}.ko");
+    let path = format!("/lib/modules/{release}/{path}");
     fs::read(&path).with_context(|| path)
 }
 

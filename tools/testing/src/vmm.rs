@@ -56,7 +56,10 @@ use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP,
     KVM_CAP_X86_DISABLE_EXITS,
     KVM_MAX_CPUID_ENTRIES,
-    KVM_MP_STATE_RUNNABLE, //
+    KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_SIPI_RECEIVED,
+    KVM_VCPUEVENT_VALID_SIPI_VECTOR,
+    KVM_VCPUEVENT_VALID_SMM, //
 };
 use kvm_ioctls::{
     Kvm,
@@ -244,6 +247,12 @@ pub enum Action {
     Smi,
     /// KVM_INTERRUPT, where the VMM has the interrupt controllers, with the timer's vector.
     Interrupt,
+    /// What a reset of the machine does, as QEMU does it: all that KVM_CREATE_VCPU left is put back
+    /// (target/i386/kvm/kvm.c:kvm_arch_put_registers()). What runs next sets the vCPU up again, as
+    /// firmware would.
+    Reset,
+    /// KVM_SET_VCPU_EVENTS with an INIT, and KVM_SET_MP_STATE with a SIPI, for the next KVM_RUN.
+    InitAndSipi,
 }
 
 nix::ioctl_write_ptr!(kvm_interrupt, 0xAE, 0x86, kvm_bindings::kvm_interrupt);
@@ -577,6 +586,7 @@ impl Vm {
             index,
             vm: self.clone(),
             ready: false,
+            fresh: None,
         })
     }
 }
@@ -599,6 +609,8 @@ pub struct Vcpu {
     index: usize,
     vm: Arc<Vm>,
     ready: bool,
+    /// As KVM_CREATE_VCPU left it, once it was set up.
+    fresh: Option<State>,
 }
 
 impl Vcpu {
@@ -796,6 +808,19 @@ impl Vcpu {
                 events.exception.has_error_code = 0;
                 self.fd.set_vcpu_events(&events).map_err(from_kvm)?;
             }
+            Action::Reset => {
+                let fresh = self.fresh.clone().context("the vCPU was never set up")?;
+                self.put(&fresh)?;
+                self.ready = false;
+            }
+            Action::InitAndSipi => {
+                let mut events = self.fd.get_vcpu_events()?;
+                events.flags |= KVM_VCPUEVENT_VALID_SMM | KVM_VCPUEVENT_VALID_SIPI_VECTOR;
+                events.smi.latched_init = 1;
+                events.sipi_vector = SIPI_PAGE as u32;
+                self.fd.set_vcpu_events(&events).map_err(from_kvm)?;
+                self.set_mp_state(KVM_MP_STATE_SIPI_RECEIVED)?;
+            }
         }
         Ok(())
     }
@@ -853,6 +878,10 @@ impl Vcpu {
     /// Makes the vCPU go on where another one was. Their ids must be the same, and the memory.
     pub fn restore(&mut self, state: &State) -> Result<()> {
         self.set_up_once()?;
+        self.put(state)
+    }
+
+    fn put(&mut self, state: &State) -> Result<()> {
         self.fd.set_sregs(&state.sregs)?;
         self.fd.set_regs(&state.regs)?;
         self.fd.set_lapic(&state.lapic)?;
@@ -909,6 +938,9 @@ impl Vcpu {
 
     /// CPUID and long mode.
     fn set_up(&mut self) -> Result<()> {
+        if self.fresh.is_none() && self.vm.irqchip != Irqchip::None {
+            self.fresh = Some(self.save()?);
+        }
         self.fd
             .set_cpuid2(&self.vm.cpuid())
             .context("KVM_SET_CPUID2")?;
@@ -952,10 +984,12 @@ impl Vcpu {
     }
 
     fn set_runnable(&mut self) -> Result<()> {
+        self.set_mp_state(KVM_MP_STATE_RUNNABLE)
+    }
+
+    fn set_mp_state(&mut self, mp_state: u32) -> Result<()> {
         self.fd
-            .set_mp_state(kvm_mp_state {
-                mp_state: KVM_MP_STATE_RUNNABLE,
-            })
+            .set_mp_state(kvm_mp_state { mp_state })
             .context("KVM_SET_MP_STATE")
     }
 }

@@ -11,7 +11,8 @@ use std::{
             AtomicBool,
             AtomicU64,
             Ordering::Relaxed, //
-        }, //
+        },
+        RwLock, //
     },
     thread,
     time::{
@@ -28,8 +29,15 @@ use anyhow::{
 };
 use exitpolicy_policy::Exits;
 use testing::{
-    cgroup::Cgroup,
+    cgroup::{
+        self,
+        Cgroup, //
+    },
     exits::Vendor,
+    faults::{
+        Leaks,
+        KMEMLEAK, //
+    },
     interface::{
         self,
         ioctl, //
@@ -61,10 +69,10 @@ use crate::{
     races::{
         change_others,
         change_policy,
-        live_and_die,
         make_vm,
         read_all,
-        Here, //
+        Here,
+        Lives, //
     },
 };
 
@@ -75,6 +83,18 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 /// Rounds of the guest that sleeps and wakes, between two looks at it.
 const ROUNDS: u32 = 10;
+
+/// By how many objects a slab cache may have grown. Of what is made, a VM, a vCPU, a cgroup and a
+/// policy, there are thousands, so that one object lost for each is more; what waits to be freed, or in
+/// a CPU's cache, is a few hundred.
+const MOST_GROWN: u64 = 1_000;
+
+/// How often memory is looked at, once a minute: so many times at least, and at most.
+const LOOKS: usize = 10;
+const MOST_LOOKS: usize = 200;
+
+/// In so many minutes the emulator may reset one guest.
+const MINUTES_A_RESET: u64 = 10;
 
 /// What all have done so far.
 #[derive(Default)]
@@ -93,6 +113,9 @@ struct Done {
 struct Shared {
     done: Done,
     ended: AtomicBool,
+    /// Shared by those who do something, for as long as there is something of it. Who has it alone
+    /// finds none but the VM that sleeps and wakes.
+    at_work: RwLock<()>,
 }
 
 impl Shared {
@@ -102,32 +125,50 @@ impl Shared {
             if self.ended.load(Relaxed) {
                 break;
             }
-            let result = operation(turn);
-            // Whose guest it was does not matter: it comes as an error to who has it.
-            if result.is_err() && emulators_reset().is_some() {
-                self.done.resets.fetch_add(1, Relaxed);
-            } else {
-                result
-                    .inspect_err(|_| self.ended.store(true, Relaxed))
-                    .with_context(|| format!("{name}, operation {turn}"))?;
-            }
+            operation(turn)
+                .inspect_err(|_| self.ended.store(true, Relaxed))
+                .with_context(|| format!("{name}, operation {turn}"))?;
             pause();
         }
         Ok(())
     }
 
+    /// The same, for who is done with it before the next one.
+    fn repeat_at_work(
+        &self,
+        name: &str,
+        mut operation: impl FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
+        self.repeat(name, |turn| {
+            let _at_work = self.at_work.read().expect("no panic");
+            operation(turn)
+        })
+    }
+
+    /// What a guest failed in that the emulator has reset is not the module's fault, but counts.
+    fn unless_reset(&self, result: Result<()>) -> Result<()> {
+        // Whose guest it was does not matter: it comes as an error to who has it.
+        if result.is_err() && emulators_reset().is_some() {
+            self.done.resets.fetch_add(1, Relaxed);
+            return Ok(());
+        }
+        result
+    }
+
     /// A guest that sleeps and wakes under changes; another one when the emulator has reset it.
     fn sleep_and_wake(&self, vendor: Vendor, cgroup: &Cgroup) -> Result<()> {
-        self.repeat("wake-ups", |_| {
+        let sleep_and_wake = || {
             let mut rig = torture::rig(vendor, cgroup, Shape::PAIRS, false)?;
             let mut torture = Torture::new(&rig, false)?;
             while !self.ended.load(Relaxed) {
+                let _at_work = self.at_work.read().expect("no panic");
                 let (changes, wakeups) = torture.some(ROUNDS)?;
                 self.done.changes.fetch_add(changes, Relaxed);
                 self.done.wakeups.fetch_add(wakeups, Relaxed);
             }
             rig.stop()
-        })
+        };
+        self.repeat("wake-ups", |_| self.unless_reset(sleep_and_wake()))
     }
 }
 
@@ -137,6 +178,8 @@ pub fn soak(minutes: u64) -> Result<()> {
     resets::note_in(Path::new("/run/exitpolicy-resets"));
     modules::load_both()?;
     interface::ensure_empty().context("before the soak")?;
+    let leaks = Path::new(KMEMLEAK).exists().then(Leaks::from_now);
+    let leaks = leaks.transpose().context("kmemleak")?;
     let shared = Shared::default();
     let device = Device::open()?;
     let missed = device.info()?.missed;
@@ -148,6 +191,7 @@ pub fn soak(minutes: u64) -> Result<()> {
     let (made_fd, run_fd) = (made.open()?, run.open()?);
     let here = Here::in_cgroup(&made)?;
     let done = &shared.done;
+    let lives = Lives::default();
     let add = |counter: &AtomicU64, number| {
         counter.fetch_add(number, Relaxed);
     };
@@ -156,43 +200,44 @@ pub fn soak(minutes: u64) -> Result<()> {
         let sides = [
             scope.spawn(|| shared.sleep_and_wake(vendor, &wakes)),
             scope.spawn(|| {
-                shared.repeat("VMs", |_| {
-                    add(&done.vms, 1);
-                    make_vm()
-                })
-            }),
-            scope.spawn(|| {
-                shared.repeat("VMMs", |turn| {
-                    add(&done.vms, 1);
-                    live_and_die(&run, turn)
-                })
-            }),
-            scope.spawn(|| {
-                shared.repeat("overrides", |turn| {
-                    let changes = change_others(&device, turn, spared)?;
-                    add(&done.changes, changes);
+                shared.repeat_at_work("VMs", |_| {
+                    add(&done.vms, make_vm()?);
                     Ok(())
                 })
             }),
             scope.spawn(|| {
-                shared.repeat("policies", |turn| {
-                    add(&done.changes, 1);
-                    let cgroup = if turn % 2 == 0 { &made_fd } else { &run_fd };
-                    change_policy(&device, cgroup, turn / 2)
+                shared.repeat_at_work("VMMs", |turn| {
+                    let lived = lives.one(&run, turn).map(|vms| add(&done.vms, vms));
+                    shared.unless_reset(lived)
                 })
             }),
             scope.spawn(|| {
-                shared.repeat("cgroups", |_| {
-                    add(&done.cgroups, 1);
+                shared.repeat_at_work("overrides", |turn| {
+                    add(&done.changes, change_others(&device, turn, spared)?);
+                    Ok(())
+                })
+            }),
+            scope.spawn(|| {
+                shared.repeat_at_work("policies", |turn| {
+                    let cgroup = if turn % 2 == 0 { &made_fd } else { &run_fd };
+                    add(&done.changes, change_policy(&device, cgroup, turn / 2)?);
+                    Ok(())
+                })
+            }),
+            scope.spawn(|| {
+                shared.repeat_at_work("cgroups", |_| {
                     let child = parent.child("child")?;
                     ioctl::set_policy(&child, Exits::HLT, Exits::ALL)?;
-                    child.remove()
+                    child.remove()?;
+                    add(&done.cgroups, 1);
+                    Ok(())
                 })
             }),
             scope.spawn(|| {
-                shared.repeat("readers", |_| {
+                shared.repeat_at_work("readers", |_| {
+                    read_all(&device)?;
                     add(&done.reads, 1);
-                    read_all(&device)
+                    Ok(())
                 })
             }),
         ];
@@ -213,10 +258,14 @@ pub fn soak(minutes: u64) -> Result<()> {
     }
     let before = result?;
     interface::ensure_empty().context("after the soak")?;
-    // One object for each VM, or for each cgroup, would be a leak.
-    forget_files()?;
-    let vms = done.vms.load(Relaxed).min(done.cgroups.load(Relaxed));
-    ensure_slab_shrinks_to(&before, vms / 2)?;
+    objects_at_rest(&shared, Some(&before))?;
+    ensure_slab_shrinks_to(&before, MOST_GROWN)?;
+    leaks.map_or(Ok(()), |leaks| leaks.ensure_none(EXITPOLICY))?;
+    lives.tell();
+    let made = done.vms.load(Relaxed).min(done.cgroups.load(Relaxed));
+    if made <= MOST_GROWN {
+        println!("soak: too short: of {made} objects lost nobody would know");
+    }
     drop(device);
     modules::unload(EXITPOLICY).context("rmmod")?;
     modules::load(EXITPOLICY)?;
@@ -225,24 +274,50 @@ pub fn soak(minutes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Who reads a file in sysfs makes the kernel remember it, until memory is short, also when it is
-/// long gone: a dentry holds the kernfs node.
-fn forget_files() -> Result<()> {
-    fs::write("/proc/sys/vm/drop_caches", "2").context("drop_caches")
+/// Objects in use of each slab cache.
+type Objects = BTreeMap<String, u64>;
+
+/// Objects in use while nobody does anything, when what was removed is gone: workers and RCU have
+/// some looks' time, and more if there are too many.
+///
+/// Who reads a file in sysfs makes the kernel remember that one, also when it is long gone: a dentry
+/// holds the kernfs node. And each CPU keeps objects, which count as in use.
+fn objects_at_rest(shared: &Shared, first: Option<&Objects>) -> Result<Objects> {
+    let _nobody = shared.at_work.write().expect("no panic");
+    let mut objects = slab()?;
+    for look in 0..MOST_LOOKS {
+        pause();
+        fs::write("/proc/sys/vm/drop_caches", "2").context("drop_caches")?;
+        for cache in objects.keys() {
+            let path = format!("/sys/kernel/slab/{cache}/shrink");
+            fs::write(&path, "1").context(path)?;
+        }
+        objects = slab()?;
+        let are_few = first.is_none_or(|first| growth(first, &objects).0 <= MOST_GROWN);
+        if look >= LOOKS && are_few && cgroup::dying()? == 0 {
+            break;
+        }
+    }
+    Ok(objects)
+}
+
+/// By how much the cache has grown that has grown most, and which one it is.
+fn growth(before: &Objects, now: &Objects) -> (u64, String) {
+    let grown = now.iter().map(|(name, objects)| {
+        let before = before.get(name).copied().unwrap_or(0);
+        (objects.saturating_sub(before), name.clone())
+    });
+    grown.max().unwrap_or_default()
 }
 
 /// A line a minute. Fails as soon as there is something that must not be. Says what memory there was
 /// after the first one, when caches are filled.
-fn tell(
-    shared: &Shared,
-    device: &Device,
-    minutes: u64,
-    missed: u64,
-) -> Result<BTreeMap<String, u64>> {
-    let mut before = BTreeMap::new();
+fn tell(shared: &Shared, device: &Device, minutes: u64, missed: u64) -> Result<Objects> {
+    let mut first = None;
     let mut log = KernelLog::from_now()?;
     let heads = [
-        "minute", "VMs", "changes", "wake-ups", "cgroups", "reads", "missed", "objects", "resets",
+        "minute", "VMs", "changes", "wake-ups", "cgroups", "reads", "missed", "objects", "leaks",
+        "resets",
     ];
     println!("{}", heads.map(|head| format!("{head:>9}")).concat());
     let start = Instant::now();
@@ -253,8 +328,9 @@ fn tell(
         }
         let done = &shared.done;
         let info = device.info()?;
-        forget_files()?;
-        let objects = slab()?;
+        let objects = objects_at_rest(shared, first.as_ref())?;
+        let (grown, cache) = growth(first.get_or_insert_with(|| objects.clone()), &objects);
+        let resets = done.resets.load(Relaxed);
         let numbers = [
             minute,
             done.vms.load(Relaxed),
@@ -264,12 +340,10 @@ fn tell(
             done.reads.load(Relaxed),
             info.missed - missed,
             objects.values().sum(),
-            done.resets.load(Relaxed),
+            grown,
+            resets,
         ];
         println!("{}", numbers.map(|number| format!("{number:>9}")).concat());
-        if minute == 1 {
-            before = objects;
-        }
         let lines = log.lines()?;
         let bad = bad_lines(&lines);
         ensure!(bad.is_empty(), "the kernel complained: {bad:#?}");
@@ -278,6 +352,11 @@ fn tell(
             "{} were missed",
             info.missed - missed
         );
+        ensure!(grown <= MOST_GROWN, "memory is lost, most of it in {cache}");
+        ensure!(
+            resets <= minutes.div_ceil(MINUTES_A_RESET),
+            "{resets} guests were reset"
+        );
     }
-    Ok(before)
+    first.context("no time at all")
 }
