@@ -89,6 +89,16 @@ tests:
 steady:
 	$(call modules,$(CURDIR)/tools/lab/host/steady,steady)
 
+# The module from headers that are not those of KVM, for the tests: without a field of struct
+# kvm_arch, and with one more at the end of struct kvm_vcpu_arch.
+.PHONY: doctored doctored-vm doctored-vcpu
+doctored: doctored-vm doctored-vcpu
+doctored-vm: export KCPPFLAGS := -Dwall_clock=wall_clock[0]
+doctored-vcpu: export KCPPFLAGS := -Dpdptrs_from_userspace=pdptrs_from_userspace,inserted[8]
+doctored-vm doctored-vcpu:
+	$(call modules,$(CURDIR),$@)
+	@strip --strip-debug -o $(BUILD)/$@.ko $(BUILD)/$@/kvm_exitpolicy.ko
+
 # --- in emulated hosts --------------------------------------------------------
 
 lab:
@@ -96,7 +106,7 @@ lab:
 
 lab-build: lab
 	tools/lab/enter make --no-print-directory BUILD=build/lab \
-		KDIR="$$(tools/lab/setup --print kdir)" all tests steady
+		KDIR="$$(tools/lab/setup --print kdir)" all tests steady doctored
 
 demo: lab-build
 	tools/demo/run

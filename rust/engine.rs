@@ -167,15 +167,15 @@ impl Engine {
     /// (virt/kvm/kvm_main.c: kvm_vm_ioctl_create_vcpu()), and has not looked at the flags for this
     /// vCPU yet.
     pub(crate) unsafe fn vcpu_created(&self, vcpu: kvm::Vcpu<'_>) -> bool {
-        let Some(vm) = vcpu.vm() else {
-            return false;
-        };
-        if self.probe.vcpu_created(vm) {
+        if self.probe.vcpu_created(vcpu) {
             return false;
         }
         let Some(facts) = self.facts() else {
             // Its creator was faster than our notifier.
             self.count_missed();
+            return false;
+        };
+        let Some(vm) = vcpu.vm() else {
             return false;
         };
         let online = vm.online_vcpus();
@@ -459,9 +459,8 @@ impl Engine {
     /// Takes note of a vCPU that is being freed.
     pub(crate) fn vcpu_freed(&self, vcpu: kvm::Vcpu<'_>) {
         if let Some(vm) = vcpu.vm() {
-            self.probe.vcpu_freed(vm.key());
-            self.vms
-                .vcpu_freed(vm.key(), vcpu.index(), vm.online_vcpus());
+            self.probe.vcpu_freed(vm.key(), vcpu);
+            self.vms.vcpu_freed(vm.key(), vcpu.index());
         }
     }
 

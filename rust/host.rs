@@ -129,21 +129,19 @@ impl Host {
         let closed = Closed::find(vendor)?;
         read_parameters(vendor)?;
         let hooks = Hooks::register(vendor, &self.admin)?;
-        let looked =
-            engine
-                .probe
-                .run(|| kvm.make_throw_away_vm())
-                .inspect_err(|error| match *error {
-                    EUCLEAN => pr_err!(
-                        "a VM of {} has flags or a state that we do not know\n",
-                        vendor.module()
-                    ),
-                    error => pr_err!(
+        let probe = &engine.probe;
+        let looked = probe
+            .run(vendor, || kvm.make_throw_away_vm(|vm| probe.expect(vm)))
+            .inspect_err(|error| {
+                // Otherwise it has said why.
+                if *error != EUCLEAN {
+                    pr_err!(
                         "cannot make a VM to look at {}: {:?}\n",
                         vendor.module(),
-                        error
-                    ),
-                })?;
+                        *error
+                    );
+                }
+            })?;
         let Some((floor, identity)) = looked else {
             return Ok(false);
         };

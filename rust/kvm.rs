@@ -12,7 +12,11 @@ use crate::{
         },
         fprobe::Call, //
     },
-    policy::Exits, //
+    policy::Exits,
+    probe::{
+        ensure_all,
+        WrongField, //
+    },
 };
 use core::{
     marker::PhantomData,
@@ -160,6 +164,42 @@ impl<'a> Vm<'a> {
         unsafe { ptr::read_volatile(field.cast::<u8>()) != 0 }
     }
 
+    /// Fails unless a VM whose first vCPU is being created has in its fields what KVM has put there,
+    /// as far as that is known: in those that are used, where it is not 0, and else in those beside
+    /// them. `mm` is the address space of its VMM, who has asked for nothing.
+    pub(crate) fn ensure_new(self, mm: usize) -> Result<(), WrongField> {
+        let kvm = self.as_ptr();
+        // SAFETY: Alive, by the invariant, and written under `kvm->lock`, or before there are vCPUs.
+        let (pages, first_page, vm_type, clock) = unsafe {
+            let arch = &raw const (*kvm).arch;
+            let pages = &raw const (*arch).active_mmu_pages;
+            let first_page = ptr::read_volatile(&raw const (*pages).next);
+            let clock = ptr::read_volatile(&raw const (*arch).kvmclock_offset);
+            (pages, first_page, (*arch).vm_type, clock)
+        };
+        ensure_all(&[
+            ("kvm.mm", self.mm() == mm),
+            ("kvm.created_vcpus", self.created_vcpus() == 1),
+            ("kvm.online_vcpus", self.online_vcpus() == 0),
+            (
+                "kvm.arch.vm_type",
+                u32::from(vm_type) == bindings::KVM_X86_DEFAULT_VM,
+            ),
+            ("kvm.arch.has_protected_state", !self.has_protected_state()),
+            // Behind these two: an empty list, which is its own first entry.
+            (
+                "kvm.arch.active_mmu_pages",
+                ptr::eq(first_page.cast_const(), pages),
+            ),
+            (
+                "kvm.arch.disabled_exits",
+                Exits::from_bits(self.disabled_exits()).is_some(),
+            ),
+            // Behind that: the time that the host has been up, below 0.
+            ("kvm.arch.kvmclock_offset", clock < 0),
+        ])
+    }
+
     /// Whether it is a TDX VM, whose vCPUs are no VMX vCPUs. Set by vm_init for good.
     pub(crate) fn is_tdx(self) -> bool {
         // SAFETY: Alive, by the invariant.
@@ -241,6 +281,52 @@ impl<'a> Vcpu<'a> {
         unsafe { ptr::read_volatile(&raw const (*self.as_ptr()).vcpu_idx) }
             .try_into()
             .ok()
+    }
+
+    /// As [`Vm::ensure_new`], of a vCPU on entry of `vcpu_create`, without an interrupt controller.
+    pub(crate) fn ensure_new(self) -> Result<(), WrongField> {
+        ensure_all(&[
+            ("kvm_vcpu.vcpu_id", self.id() == 0),
+            ("kvm_vcpu.vcpu_idx", self.index().is_none()),
+            ("kvm_vcpu.arch.apic", !self.has_lapic()),
+            ("kvm_vcpu.arch.last_vmentry_cpu", !self.has_run()),
+        ])
+    }
+
+    /// The same on entry of `vcpu_free`, when it was made and has never run.
+    pub(crate) fn ensure_made(self) -> Result<(), WrongField> {
+        /// APIC_DEFAULT_PHYS_BASE, and what cpuid_query_maxphyaddr() says without a table.
+        const APIC_BASE: u64 = 0xfee0_0000;
+        const NO_MAXPHYADDR: c_int = 36;
+
+        // SAFETY: Alive, by the invariant; nobody else knows it any more.
+        let arch = unsafe { &raw const (*self.as_ptr()).arch };
+        // SAFETY: As above.
+        let (entries, count, apic_base, maxphyaddr) = unsafe {
+            (
+                (*arch).cpuid_entries,
+                (*arch).cpuid_nent,
+                (*arch).apic_base,
+                (*arch).maxphyaddr,
+            )
+        };
+        ensure_all(&[
+            ("kvm_vcpu.vcpu_idx", self.index() == Some(0)),
+            // As KVM does for a new one (x86.c: kvm_vcpu_after_set_cpuid()).
+            ("kvm_vcpu.requests", self.is_asked()),
+            ("kvm_vcpu.mode", !self.in_guest()),
+            // Beside `apic`.
+            ("kvm_vcpu.arch.apic_base", apic_base & !0xfff == APIC_BASE),
+            ("kvm_vcpu.arch.apic", !self.has_lapic()),
+            (
+                "kvm_vcpu.arch.cpuid_entries",
+                entries.is_null() && count == 0,
+            ),
+            // Behind it.
+            ("kvm_vcpu.arch.maxphyaddr", maxphyaddr == NO_MAXPHYADDR),
+            ("kvm_vcpu.arch.last_vmentry_cpu", !self.has_run()),
+            ("kvm_vcpu.arch.pv_cpuid.features", !self.knows_pv_unhalt()),
+        ])
     }
 
     /// Whether it may be executing guest code. If not, it will look at its requests before it does.
@@ -517,11 +603,13 @@ impl DevKvm {
             .map(|bits| Exits::from_bits_truncate(bits as u64))
     }
 
-    /// Makes a VM with one vCPU and removes them again, for hooks to look at. Returns what their
-    /// files are known by. Needs a task with an address space and a table of file descriptors.
-    pub(crate) fn make_throw_away_vm(&self) -> Result<Identity> {
+    /// Makes a VM with one vCPU and removes them again, for hooks to look at; `made` is told its key
+    /// before it has the vCPU. Returns what their files are known by. Needs a task with an address
+    /// space and a table of file descriptors.
+    pub(crate) fn make_throw_away_vm(&self, made: impl FnOnce(usize)) -> Result<Identity> {
         let vm_fd = OwnedFd::from_ioctl(self.0.ioctl(bindings::CONST_KVM_CREATE_VM, 0)?);
         let vm = vm_fd.file()?;
+        made(vm.data());
         let vcpu_fd = OwnedFd::from_ioctl(vm.ioctl(bindings::CONST_KVM_CREATE_VCPU, 0)?);
         let identity = Identity {
             vm: vm.operations(),

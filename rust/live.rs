@@ -381,7 +381,8 @@ impl Engine {
     /// `call` must be one of kvm_set_cpuid(), with `vcpu` as its first argument. It runs in an ioctl
     /// of the vCPU, under `vcpu->mutex`.
     pub(crate) unsafe fn cpuid_set(&self, call: &Call<'_>, vcpu: kvm::Vcpu<'_>) {
-        let (Some(kvm), Some(index)) = (vcpu.vm(), vcpu.index()) else {
+        // Without facts no VM is known, nor whether these are where we look for them.
+        let (Some(_), Some(kvm), Some(index)) = (self.facts(), vcpu.vm(), vcpu.index()) else {
             return;
         };
         // SAFETY: By the safety requirements.

@@ -603,13 +603,10 @@ impl Vms {
 
     /// Takes note that a vCPU is being freed: an online one with its VM, or one whose creation has
     /// failed. Atomic context.
-    pub(crate) fn vcpu_freed(&self, key: usize, index: Option<u32>, online: u32) {
-        self.with_key(key, |vm, _| {
-            if index.is_some() {
-                vm.dying = true;
-            } else {
-                vm.vcpus.truncate(online as usize);
-            }
+    pub(crate) fn vcpu_freed(&self, key: usize, index: Option<u32>) {
+        self.with_key(key, |vm, kvm| match (index, kvm) {
+            (None, Some(kvm)) => vm.vcpus.truncate(kvm.online_vcpus() as usize),
+            _ => vm.dying = true,
         });
     }
 

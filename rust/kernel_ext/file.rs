@@ -40,6 +40,12 @@ impl OwnedFile {
         FileOperations(unsafe { shim::exitpolicy_file_operations(self.0.as_ptr().cast()) })
     }
 
+    /// What the file belongs to, as an identity only.
+    pub(crate) fn data(&self) -> usize {
+        // SAFETY: The file is open.
+        unsafe { shim::exitpolicy_file_data(self.0.as_ptr().cast()) }.addr()
+    }
+
     /// Reads from the beginning, and returns what was read. May sleep.
     pub(crate) fn read<'buf>(&self, buffer: &'buf mut [u8]) -> Result<&'buf [u8]> {
         let mut position = 0;

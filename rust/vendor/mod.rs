@@ -11,7 +11,8 @@ use crate::{
     policy::{
         live::Limits,
         Exits, //
-    }, //
+    },
+    probe::WrongField, //
 };
 use core::sync::atomic::AtomicU32;
 use kernel::prelude::*;
@@ -39,6 +40,11 @@ pub(crate) trait Vendor: Sync {
     /// What cannot be changed in the VM of this vCPU while it runs, as far as this vCPU shows, and
     /// why.
     fn limits(&self, vcpu: kvm::Vcpu<'_>) -> (Limits, Refusal);
+
+    /// Fails unless a vCPU that was made and has never run has in its fields what KVM has put there
+    /// for a VM with these exits disabled. On entry of `vcpu_free`. No pointer is followed whose
+    /// place is not certain.
+    fn ensure_made(&self, vcpu: kvm::Vcpu<'_>, floor: Exits) -> Result<(), WrongField>;
 
     /// Exits whose flag can be set only while no vCPU is looked at by any CPU.
     fn quiet_flags(&self) -> Exits;

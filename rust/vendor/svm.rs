@@ -11,8 +11,7 @@ use super::{
     Vendor, //
 };
 use crate::{
-    bindings,
-    kvm,
+    bindings, kvm,
     policy::{
         live::{
             intercepts,
@@ -20,7 +19,11 @@ use crate::{
             Limits, //
         },
         Exits, //
-    }, //
+    },
+    probe::{
+        ensure_all,
+        WrongField, //
+    },
 };
 use core::{
     ptr,
@@ -96,6 +99,55 @@ impl Vendor for Svm {
         (Limits::NONE, Refusal::None)
     }
 
+    fn ensure_made(&self, vcpu: kvm::Vcpu<'_>, floor: Exits) -> Result<(), WrongField> {
+        let svm = vcpu.as_ptr().cast::<bindings::vcpu_svm>();
+        // SAFETY: A vCPU of kvm-amd is the first member of a `struct vcpu_svm`, and nobody else
+        // knows this one.
+        let (vmcb01, current, vmcb, ptr) = unsafe {
+            let vmcb01 = &raw const (*svm).vmcb01;
+            (vmcb01, (*svm).current_vmcb, (*svm).vmcb, (*vmcb01).ptr)
+        };
+        // Outside of L2, this is what KVM uses.
+        ensure_all(&[(
+            "vcpu_svm.vmcb01",
+            ptr::eq(current, vmcb01) && ptr::eq(vmcb, ptr) && !ptr.is_null(),
+        )])?;
+        // SAFETY: It is KVM's VMCB, as both of its pointers say.
+        let control = unsafe { &raw const (*ptr).control };
+        // SAFETY: As above.
+        let words = unsafe { &raw const (*control).intercepts }.cast::<u32>();
+        // SAFETY: No requirements.
+        let has_idle_hlt = unsafe { bindings::exitpolicy_cpu_has_idle_hlt() };
+        let right = intercepts(floor, has_idle_hlt)
+            .into_iter()
+            .all(|(instruction, on)| {
+                let bit = intercept_bit(instruction);
+                // SAFETY: As above; the bit is one of the intercepts', in words of 32.
+                let word = unsafe { ptr::read(words.add((bit / 32) as usize)) };
+                (word & 1 << (bit % 32) != 0) == on
+            });
+        // SAFETY: As above.
+        let (count, thresh) = unsafe {
+            (
+                (*control).pause_filter_count,
+                (*control).pause_filter_thresh,
+            )
+        };
+        let (filter_count, filter_thresh) = if floor.contains(Exits::PAUSE) {
+            (0, 0)
+        } else {
+            (
+                PAUSE_FILTER_COUNT.load(Ordering::Relaxed) as u16,
+                PAUSE_FILTER_THRESH.load(Ordering::Relaxed) as u16,
+            )
+        };
+        ensure_all(&[
+            ("vmcb.control.intercepts", right),
+            ("vmcb.control.pause_filter_count", count == filter_count),
+            ("vmcb.control.pause_filter_thresh", thresh == filter_thresh),
+        ])
+    }
+
     fn quiet_flags(&self) -> Exits {
         // svm_vcpu_load() looks at the flag, and shrink_ple_window(), which it calls, looks again
         // and warns: both with preemption disabled.
@@ -126,14 +178,7 @@ impl Vendor for Svm {
         // SAFETY: No requirements.
         let has_idle_hlt = unsafe { bindings::exitpolicy_cpu_has_idle_hlt() };
         for (instruction, on) in intercepts(open, has_idle_hlt) {
-            let bit = match instruction {
-                Intercept::Hlt => bindings::INTERCEPT_HLT,
-                Intercept::IdleHlt => bindings::INTERCEPT_IDLE_HLT,
-                Intercept::Monitor => bindings::INTERCEPT_MONITOR,
-                Intercept::Mwait => bindings::INTERCEPT_MWAIT,
-                Intercept::Pause => bindings::INTERCEPT_PAUSE,
-            };
-            let was_on = intercept(bit, on);
+            let was_on = intercept(intercept_bit(instruction), on);
             if instruction == Intercept::Pause && on && !was_on {
                 // As init_vmcb(): a vCPU that began without PAUSE exits has no filter. From here on
                 // KVM lets the window grow and shrink.
@@ -163,5 +208,16 @@ impl Vendor for Svm {
                 unsafe { bindings::exitpolicy_svm_exit_in_l2(vcpu.vcpu().as_ptr(), msr) };
             }
         }
+    }
+}
+
+/// Where a VMCB has an intercept: INTERCEPT_*.
+fn intercept_bit(instruction: Intercept) -> u32 {
+    match instruction {
+        Intercept::Hlt => bindings::INTERCEPT_HLT,
+        Intercept::IdleHlt => bindings::INTERCEPT_IDLE_HLT,
+        Intercept::Monitor => bindings::INTERCEPT_MONITOR,
+        Intercept::Mwait => bindings::INTERCEPT_MWAIT,
+        Intercept::Pause => bindings::INTERCEPT_PAUSE,
     }
 }

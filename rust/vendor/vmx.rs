@@ -13,12 +13,15 @@ use super::{
     Vendor, //
 };
 use crate::{
-    bindings,
-    kvm,
+    bindings, kvm,
     policy::{
         live::Limits,
         Exits, //
-    }, //
+    },
+    probe::{
+        ensure_all,
+        WrongField, //
+    },
 };
 use core::{
     ptr,
@@ -37,6 +40,28 @@ pub(super) struct Vmx;
 /// kvm_intel.ple_gap and kvm_intel.ple_window, as they were when it was loaded.
 static PLE_GAP: AtomicU32 = AtomicU32::new(0);
 static PLE_WINDOW: AtomicU32 = AtomicU32::new(0);
+
+/// The controls of a VMCS that make MWAIT and MONITOR exit, HLT, and PAUSE in loops.
+const MWAIT: u32 =
+    bindings::CONST_CPU_BASED_MWAIT_EXITING | bindings::CONST_CPU_BASED_MONITOR_EXITING;
+const HLT: u32 = bindings::CONST_CPU_BASED_HLT_EXITING;
+const EXEC_CONTROLS: u32 = MWAIT | HLT;
+const PLE: u32 = bindings::CONST_SECONDARY_EXEC_PAUSE_LOOP_EXITING;
+
+/// Those of [`EXEC_CONTROLS`] that let through what is in `open`, and no other exit.
+fn exec_controls(open: Exits) -> u32 {
+    let exits = |exit, control| if open.contains(exit) { 0 } else { control };
+    exits(Exits::MWAIT, MWAIT) | exits(Exits::HLT, HLT)
+}
+
+/// The same of [`PLE`].
+fn secondary_controls(open: Exits) -> u32 {
+    if open.contains(Exits::PAUSE) {
+        0
+    } else {
+        PLE
+    }
+}
 
 impl Vendor for Vmx {
     fn id(&self) -> u32 {
@@ -88,6 +113,41 @@ impl Vendor for Vmx {
         (Limits::NONE, Refusal::None)
     }
 
+    fn ensure_made(&self, vcpu: kvm::Vcpu<'_>, floor: Exits) -> Result<(), WrongField> {
+        let vmx = vcpu.as_ptr().cast::<bindings::vcpu_vmx>();
+        // SAFETY: A vCPU of kvm-intel is the first member of a `struct vcpu_vmx`, and nobody else
+        // knows this one.
+        let (vmcs01, loaded, exec, secondary, window) = unsafe {
+            let vmcs01 = &raw const (*vmx).vmcs01;
+            let controls = &raw const (*vmcs01).controls_shadow;
+            (
+                vmcs01,
+                (*vmx).loaded_vmcs,
+                (*controls).exec,
+                (*controls).secondary_exec,
+                (*vmx).ple_window,
+            )
+        };
+        let ple_window = if floor.contains(Exits::PAUSE) {
+            0
+        } else {
+            PLE_WINDOW.load(Ordering::Relaxed)
+        };
+        ensure_all(&[
+            // Outside of L2, this is what KVM uses.
+            ("vcpu_vmx.vmcs01", ptr::eq(loaded, vmcs01)),
+            (
+                "loaded_vmcs.controls_shadow.exec",
+                exec & EXEC_CONTROLS == exec_controls(floor),
+            ),
+            (
+                "loaded_vmcs.controls_shadow.secondary_exec",
+                secondary & PLE == secondary_controls(floor),
+            ),
+            ("vcpu_vmx.ple_window", window == ple_window),
+        ])
+    }
+
     fn quiet_flags(&self) -> Exits {
         Exits::NONE
     }
@@ -113,21 +173,13 @@ impl Vendor for Vmx {
             unsafe { bindings::exitpolicy_switch_to_sw_timer(vcpu.vcpu().as_ptr()) };
         }
 
-        let exits = |exit: Exits, control: u32| if open.contains(exit) { 0 } else { control };
-        let mwait =
-            bindings::CONST_CPU_BASED_MWAIT_EXITING | bindings::CONST_CPU_BASED_MONITOR_EXITING;
-        let hlt = bindings::CONST_CPU_BASED_HLT_EXITING;
-        vmcs.change_exec(
-            mwait | hlt,
-            exits(Exits::MWAIT, mwait) | exits(Exits::HLT, hlt),
-        );
+        vmcs.change_exec(EXEC_CONTROLS, exec_controls(open));
         if !open.contains(Exits::HLT) {
             // INIT needs no help: vmx_vcpu_reset() writes ACTIVE whatever the flag says.
             vmcs.leave_hlt();
         }
 
-        let ple = bindings::CONST_SECONDARY_EXEC_PAUSE_LOOP_EXITING;
-        vmcs.change_secondary_exec(ple, exits(Exits::PAUSE, ple));
+        vmcs.change_secondary_exec(PLE, secondary_controls(open));
         if !open.contains(Exits::PAUSE) {
             // As init_vmcs(): a vCPU that began without PAUSE exits has no gap, and has a window
             // only if vmx_vcpu_load() has seen the flag clear before this.
