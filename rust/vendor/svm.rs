@@ -11,7 +11,8 @@ use super::{
     Vendor, //
 };
 use crate::{
-    bindings, kvm,
+    bindings,
+    kvm,
     policy::{
         live::{
             intercepts,
@@ -23,7 +24,7 @@ use crate::{
     probe::{
         ensure_all,
         WrongField, //
-    },
+    }, //
 };
 use core::{
     ptr,

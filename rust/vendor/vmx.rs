@@ -13,7 +13,8 @@ use super::{
     Vendor, //
 };
 use crate::{
-    bindings, kvm,
+    bindings,
+    kvm,
     policy::{
         live::Limits,
         Exits, //
@@ -21,7 +22,7 @@ use crate::{
     probe::{
         ensure_all,
         WrongField, //
-    },
+    }, //
 };
 use core::{
     ptr,
