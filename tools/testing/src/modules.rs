@@ -43,9 +43,19 @@ pub fn unload(name: &str) -> nix::Result<()> {
 
 /// Our module's file, as `modprobe` finds it.
 pub fn image() -> Result<Vec<u8>> {
+    image_in(&format!("updates/{EXITPOLICY}.ko"))
+}
+
+/// The file of one of KVM's modules, where the lab has built the kernel, and not compressed it.
+pub fn image_of(module: &str) -> Result<Vec<u8>> {
+    let name = module.replace('_', "-");
+    image_in(&format!("kernel/arch/x86/kvm/{name}.ko"))
+}
+
+fn image_in(path: &str) -> Result<Vec<u8>> {
     let release = nix::sys::utsname::uname()?;
     let release = release.release().to_string_lossy();
-    let path = format!("/lib/modules/{release}/updates/{EXITPOLICY}.ko");
+    let path = format!("/lib/modules/{release}/{path}");
     fs::read(&path).with_context(|| path)
 }
 
