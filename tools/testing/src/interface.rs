@@ -82,6 +82,8 @@ pub struct VcpuView {
 pub const IN_FORCE: &str = "in force";
 /// The state of a vCPU that is not in the guest, and changes before it is.
 pub const NEXT_ENTRY: &str = "at next entry";
+/// The state of a vCPU that may execute guest code as it was before.
+pub const PENDING: &str = "pending";
 
 impl VcpuView {
     /// A vCPU that has what it should have, and no override.
@@ -111,7 +113,7 @@ fn refusal(number: u32) -> Result<String> {
 }
 
 fn state(number: u32) -> Result<String> {
-    const NAMES: [&str; 4] = [IN_FORCE, NEXT_ENTRY, "pending", "pending: in L2"];
+    const NAMES: [&str; 4] = [IN_FORCE, NEXT_ENTRY, PENDING, "pending: in L2"];
     let name = NAMES.get(number as usize);
     Ok(name.context("unknown state")?.to_string())
 }

@@ -37,7 +37,7 @@ pub const BACKSTOP_VECTOR: usize = 0x43;
 /// An exception that only a VMM brings about.
 pub const DE_VECTOR: usize = 0;
 pub const NMI_VECTOR: usize = 2;
-/// RDMSR of something that the CPU or KVM does not have.
+/// RDMSR or WRMSR of something that the CPU or KVM does not have.
 pub const GP_VECTOR: usize = 13;
 /// MONITOR or MWAIT where the CPU or KVM does not have it.
 pub const UD_VECTOR: usize = 6;
@@ -76,6 +76,8 @@ pub enum Payload {
     L2HltIntercepted = 10,
     /// RDMSR of APERF in a guest of the guest, which does not intercept it.
     L2Aperf = 11,
+    /// A write of EFER that turns SVME over. A #GP where the CPU has no such bit.
+    Svme = 12,
 }
 
 impl Payload {
@@ -97,7 +99,7 @@ impl Payload {
             Self::Cstate => Exits::CSTATE,
             Self::Aperfmperf => Exits::APERFMPERF,
             Self::Nothing | Self::Timer | Self::Ipi | Self::Wakeups => Exits::NONE,
-            Self::L2Hlt | Self::L2HltIntercepted | Self::L2Aperf => Exits::NONE,
+            Self::L2Hlt | Self::L2HltIntercepted | Self::L2Aperf | Self::Svme => Exits::NONE,
         }
     }
 }
@@ -226,6 +228,8 @@ core::arch::global_asm!(
     "je 75f",
     "cmp eax, {wakeups}",
     "je 200f",
+    "cmp eax, {svme}",
+    "je 78f",
     "jmp 9f",
     // The gate.
     "80:",
@@ -326,6 +330,16 @@ core::arch::global_asm!(
     "inc dword ptr [r15 + {executed}]",
     "dec ebx",
     "jnz 75b",
+    "jmp 9f",
+    "78:",
+    "call 80b",
+    "mov ecx, 0xc0000080", // EFER
+    "rdmsr",
+    "xor eax, 1 << 12",
+    "wrmsr",
+    "inc dword ptr [r15 + {executed}]",
+    "dec ebx",
+    "jnz 78b",
     "jmp 9f",
     "200:",
     "mov eax, [r15 + {index}]",
@@ -546,7 +560,7 @@ core::arch::global_asm!(
     ".globl exitpolicy_guest_gp",
     "exitpolicy_guest_gp:",
     "inc dword ptr [r15 + {gp}]",
-    "add qword ptr [rsp + 8], 2", // past RDMSR
+    "add qword ptr [rsp + 8], 2", // past RDMSR or WRMSR
     "add rsp, 8",                 // the error code
     "iretq",
     ".globl exitpolicy_guest_ud",
@@ -612,6 +626,7 @@ core::arch::global_asm!(
     timer = const Payload::Timer as u32,
     ipi = const Payload::Ipi as u32,
     wakeups = const Payload::Wakeups as u32,
+    svme = const Payload::Svme as u32,
     timer_vector = const TIMER_VECTOR,
     backstop_vector = const BACKSTOP_VECTOR,
     // Bits 18:17 of the LVT: TSC deadline mode.

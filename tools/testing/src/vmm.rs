@@ -449,6 +449,12 @@ impl Guest {
     }
 }
 
+impl AsRawFd for Vcpu {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
 /// A VM.
 pub struct Vm {
     // Dropped first, as KVM uses the memory.

@@ -4,9 +4,19 @@
 //! nothing stays half done.
 
 use std::{
-    fs,
+    fs::{
+        self,
+        File, //
+    },
+    os::fd::{
+        AsRawFd,
+        RawFd, //
+    },
     path::Path,
-    sync::Arc, //
+    sync::{
+        atomic::AtomicBool,
+        Arc, //
+    },
 };
 
 use anyhow::{
@@ -16,11 +26,29 @@ use anyhow::{
     Result, //
 };
 use exitpolicy_policy::Exits;
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    sys::{
+        signal::{
+            kill,
+            Signal, //
+        },
+        wait::waitpid, //
+    },
+    unistd::{
+        close,
+        fork,
+        ForkResult,
+        Pid, //
+    },
+};
 use testing::{
     cgroup::Cgroup,
     client::Vmm,
-    exits::Vendor,
+    exits::{
+        hooked_functions,
+        Vendor, //
+    },
     faults::{
         self,
         Faults,
@@ -51,10 +79,18 @@ use testing::{
 };
 
 use crate::{
-    lifecycle::nothing_hooked,
+    lifecycle::{
+        nothing_hooked,
+        unload_soon, //
+    },
+    live::nested::hook_without_memory,
     matrix::{
         check_guest,
         floor, //
+    },
+    tracing::{
+        decisions_in,
+        has, //
     },
     Test, //
 };
@@ -66,19 +102,31 @@ pub fn tests(vendor: Vendor) -> Vec<Test> {
         Test::new("faults::policy_by_sysfs", policy_by_sysfs),
         Test::new("faults::override", move || overriding(vendor)),
         Test::new("faults::device", device),
+        Test::new("faults::read", read),
         Test::new("faults::vcpus", move || vcpus(vendor)),
         Test::new("faults::worker", worker),
         Test::new("faults::load", load),
         Test::new("faults::load_with_a_vm", move || load_with_a_vm(vendor)),
+        Test::new("faults::load_without_pages", load_without_pages),
+        Test::new("faults::vendor_loaded", move || vendor_loaded(vendor)),
+        Test::new("faults::found_running", move || found_running(vendor)),
+        Test::new("faults::l2_hook", move || {
+            without_leaks(|| hook_without_memory(vendor))
+        })
+        // Nothing is hooked for L2.
+        .ignored(vendor == Vendor::Svm),
     ]
     .into_iter()
-    .map(|test| test.ignored(!possible))
+    .map(|test| {
+        let ignored = test.ignored || !possible;
+        test.ignored(ignored)
+    })
     .collect()
 }
 
 /// Does what a test is about without losing memory, and says how many allocations failed.
 fn without_leaks(what: impl FnOnce() -> Result<u32>) -> Result<()> {
-    let leaks = Leaks::from_now()?;
+    let leaks = Leaks::from_now(EXITPOLICY)?;
     let failed = what()?;
     eprintln!("    {failed} allocations failed, one at a time");
     ensure!(failed > 0, "no allocation failed, so nothing was tested");
@@ -175,6 +223,71 @@ fn policy_by_sysfs() -> Result<()> {
                 Ok(())
             },
         )?;
+        // What is there is changed whatever fails.
+        let directory = sysfs::policy_directory(&cgroup)?;
+        for (file, set) in [("disable", Exits::HLT), ("allow", Exits::HLT)] {
+            let path = directory.join(file);
+            faults.each(|| Ok(fs::write(&path, set.to_string())?), ensure_worked)?;
+        }
+        let expected = Some((Exits::HLT, Exits::HLT));
+        ensure!(ioctl::policy(&cgroup)? == expected, "not changed");
+        // It is taken away, or it is all there.
+        let detach = Path::new(interface::SYSFS).join("detach");
+        let failed_to_detach = faults.each(
+            || Ok(fs::write(&detach, cgroup.path())?),
+            |outcome| {
+                let failed = outcome.failed;
+                let gone = ensure_enomem(outcome)?.is_some();
+                let policy = ioctl::policy(&cgroup)?;
+                let expected = if gone { None } else { expected };
+                ensure!(policy == expected, "{policy:?}, detached: {gone}");
+                ensure!(
+                    sysfs::policy_ids()?.contains(&cgroup.id()?) != gone,
+                    "sysfs does not agree"
+                );
+                if gone && failed {
+                    ioctl::set_policy(&cgroup, Exits::HLT, Exits::HLT)?;
+                }
+                Ok(())
+            },
+        )?;
+        ensure!(
+            failed_to_detach > 0,
+            "no allocation failed in detach, so nothing was tested"
+        );
+        Ok(failed + failed_to_detach)
+    })
+}
+
+/// Every file of the module's in sysfs, read with a VM and a policy there: its content, or ENOMEM.
+fn read() -> Result<()> {
+    without_leaks(|| {
+        let faults = Faults::of_module(EXITPOLICY)?;
+        let cgroup = Cgroup::new("own")?;
+        ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+        let mut vmm = Vmm::start(&cgroup)?;
+        let vm = vmm.create_vm()?;
+        vmm.create_vcpu(vm, 0)?;
+        interface::only_vm()?;
+        let mut failed = 0;
+        for (path, content) in sysfs::snapshot()? {
+            if path.is_dir() {
+                continue;
+            }
+            failed += faults
+                .each(
+                    || Ok(fs::read_to_string(&path)?),
+                    |outcome| {
+                        if let Some(read) = ensure_enomem(outcome)? {
+                            ensure!(read == content, "{read:?}, was {content:?}");
+                        }
+                        Ok(())
+                    },
+                )
+                .with_context(|| path.display().to_string())?;
+        }
+        vmm.kill()?;
+        interface::ensure_no_vms()?;
         ioctl::clear_policy(&cgroup)?;
         Ok(failed)
     })
@@ -226,37 +339,61 @@ fn device() -> Result<()> {
 }
 
 /// A VM for which there is no memory is made all the same, counted, and given nothing that it could
-/// keep; the next one is as it should be.
+/// keep, and what is not allowed is taken from it; the next one is as it should be.
 fn vcpus(vendor: Vendor) -> Result<()> {
     let cgroup = Cgroup::new("own")?;
-    ioctl::set_policy(&cgroup, Exits::HLT, !Exits::MWAIT)?;
+    ioctl::set_policy(&cgroup, Exits::MWAIT, !Exits::HLT)?;
     cgroup.add_process(std::process::id() as i32)?;
+    let floor = floor(vendor)?;
+    let whole = floor | Exits::MWAIT;
+    let mut unknown = 0;
     let result = without_leaks(|| {
         let faults = Faults::of_module(EXITPOLICY)?;
         let device = Device::open()?;
         let mut before = device.info()?;
         faults.each(
-            || -> Result<_> {
-                let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
-                let vcpus = [vm.create_vcpu(0)?, vm.create_vcpu(1)?];
-                Ok((vm, vcpus))
+            || {
+                decisions_in(|| -> Result<_> {
+                    let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
+                    vm.disable_exits(Exits::HLT.bits())?;
+                    let vcpus = [vm.create_vcpu(0)?, vm.create_vcpu(1)?];
+                    Ok((vm, vcpus))
+                })
             },
             |outcome| {
                 let failed = outcome.failed;
+                let (made, events) = outcome.result?;
                 // KVM's own allocations do not fail here.
-                let made = outcome.result.context("KVM failed")?;
+                let mut made = made.context("KVM failed")?;
                 let now = device.info()?;
                 ensure!(now.vms <= 1, "{now:?}");
+                let [event] = &events[..] else {
+                    bail!("not one decision: {events:#?}");
+                };
+                let clamped = format!("clamped={}", Exits::HLT);
+                ensure!(has(event, &clamped), "no {clamped} in {event}");
                 if now.missed > before.missed {
                     ensure!(failed, "missed without need: {now:?}");
                 } else {
                     // Nothing, or nothing that anybody needed.
                     let view = interface::only_vm()?;
-                    let effective = floor(vendor)? | Exits::HLT;
                     ensure!(
-                        view.effective == effective && view.vcpus == 2,
+                        view.effective == whole && view.vcpus == 2,
                         "not whole, and not counted: {view:?}"
                     );
+                }
+                let effective = if has(event, "vm=0") {
+                    ensure!(now.vms == 0, "{event}, and yet {now:?}");
+                    unknown += 1;
+                    floor
+                } else {
+                    whole
+                };
+                let effective = format!("effective={effective}");
+                ensure!(has(event, &effective), "no {effective} in {event}");
+                for vcpu in &mut made.1 {
+                    let report = vcpu.run(Work::new(Payload::Hlt, 2), &AtomicBool::new(false))?;
+                    ensure!(report.halt_exits == 2, "HLT is not taken: {report:?}");
                 }
                 drop(made);
                 interface::ensure_no_vms()?;
@@ -272,11 +409,12 @@ fn vcpus(vendor: Vendor) -> Result<()> {
         std::process::id().to_string(),
     )?;
     result?;
+    eprintln!("    {unknown} VMs were not known");
+    ensure!(unknown > 0, "every VM was known, so nothing was tested");
     let mut vmm = Vmm::start(&cgroup)?;
     let vm = vmm.create_vm()?;
     let vcpu = vmm.create_vcpu(vm, 0)?;
-    let effective = floor(vendor)? | Exits::HLT;
-    check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, effective)
+    check_guest(vendor, &mut vmm, vcpu, Payload::Mwait, whole)
 }
 
 /// A VM whose directory could not be made is decided on and listed by ioctl, and counted.
@@ -380,4 +518,151 @@ fn load_with_a_vm(vendor: Vendor) -> Result<()> {
     ensure!(view.adopted && view.effective == effective, "{view:?}");
     vmm.kill()?;
     interface::ensure_no_vms()
+}
+
+/// The same for whole pages, which are not among the slab's objects: who allocates them is asked to
+/// fail as a function, by the kernel's fail_function.
+fn load_without_pages() -> Result<()> {
+    modules::unload(EXITPOLICY)?;
+    let image = modules::image()?;
+    let result = without_leaks(|| {
+        faults::each_page(
+            || modules::load_image(&image),
+            |outcome| {
+                match (outcome.result, outcome.failed) {
+                    (Ok(()), _) => modules::unload(EXITPOLICY)?,
+                    (Err(Errno::ENOMEM), true) => {}
+                    (Err(errno), _) => bail!("it failed with {errno}"),
+                }
+                nothing_hooked()
+            },
+        )
+    });
+    modules::load(EXITPOLICY)?;
+    result
+}
+
+/// A vendor module that is loaded after ours works whatever fails in ours, which hooks it or leaves
+/// nothing on it, and hooks it the next time.
+fn vendor_loaded(vendor: Vendor) -> Result<()> {
+    let image = modules::image_of(vendor)?;
+    let before = Device::open()?.info()?;
+    let hooks = hooked_functions()?.len();
+    unload_soon(vendor.module())?;
+    let result = without_leaks(|| {
+        let faults = Faults::of_module_but_vm_files(EXITPOLICY)?;
+        faults.each(
+            || modules::load_image(&image),
+            |outcome| {
+                let loaded = outcome.result;
+                ensure!(loaded.is_ok(), "the vendor's module: {loaded:?}");
+                let info = Device::open()?.info()?;
+                let hooked = hooked_functions()?;
+                if info.vendor == 0 {
+                    ensure!(outcome.failed, "not hooked, and nothing failed");
+                    ensure!(hooked.is_empty(), "hooks are left: {hooked:?}");
+                } else {
+                    ensure!(
+                        info == before && hooked.len() == hooks,
+                        "{info:?}: {hooked:?}"
+                    );
+                }
+                unload_soon(vendor.module())
+            },
+        )
+    });
+    modules::load(vendor.module())?;
+    result?;
+    ensure!(Device::open()?.info()? == before, "not as before");
+    Ok(())
+}
+
+/// A VM that nobody had open when the module was loaded, on its way from one process to another, is
+/// found when it runs, or counted, and runs.
+fn found_running(vendor: Vendor) -> Result<()> {
+    let give_up = AtomicBool::new(false);
+    let floor = floor(vendor)?;
+    without_leaks(|| {
+        for nth in 1..100 {
+            modules::unload(EXITPOLICY)?;
+            let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
+            let mut vcpu = vm.create_vcpu(0)?;
+            let away = Away::new(&[vm.as_raw_fd(), vcpu.as_raw_fd()])?;
+            modules::load(EXITPOLICY)?;
+            let info = Device::open()?.info()?;
+            away.back()?;
+            ensure!((info.vms, info.missed) == (0, 0), "{info:?}");
+            let faults = Faults::of_module(EXITPOLICY)?;
+            let outcome = faults.nth(nth, || vcpu.run(Work::new(Payload::Hlt, 2), &give_up))?;
+            let report = outcome.result?;
+            ensure!(report.executed == 2, "{report:?}");
+            let info = Device::open()?.info()?;
+            if info.missed == 0 {
+                let view = interface::only_vm()?;
+                ensure!(
+                    view.adopted && view.vcpus == 1 && view.effective == floor,
+                    "not whole, and not counted: {view:?}"
+                );
+            } else {
+                ensure!(outcome.failed, "missed without need: {info:?}");
+            }
+            drop((vcpu, vm));
+            interface::ensure_no_vms()?;
+            if !outcome.failed {
+                return Ok(nth - 1);
+            }
+        }
+        bail!("there is no end of allocations");
+    })
+}
+
+/// Open files of this process that a child has in its stead, whose memory is not the VMM's.
+struct Away {
+    fds: Vec<RawFd>,
+    child: Pid,
+}
+
+impl Away {
+    fn new(fds: &[RawFd]) -> Result<Self> {
+        // SAFETY: This process has one thread: the tests run in the main thread, one at a time.
+        let child = match unsafe { fork() }? {
+            ForkResult::Parent { child } => child,
+            ForkResult::Child => loop {
+                nix::unistd::pause();
+            },
+        };
+        let nothing = File::open("/dev/null")?;
+        for fd in fds {
+            // SAFETY: Puts another file in the place of one that this process has open.
+            ensure!(unsafe { libc::dup3(nothing.as_raw_fd(), *fd, libc::O_CLOEXEC) } == *fd);
+        }
+        let fds = fds.to_vec();
+        Ok(Self { fds, child })
+    }
+
+    /// Puts them back.
+    fn back(self) -> Result<()> {
+        let errno = |result: libc::c_long| -> Result<RawFd> {
+            ensure!(result >= 0, "{}", std::io::Error::last_os_error());
+            Ok(result as RawFd)
+        };
+        // SAFETY: Neither takes a pointer. What they return are descriptors of ours.
+        let open = |call, a: RawFd, b: RawFd| errno(unsafe { libc::syscall(call, a, b, 0) });
+        let child = open(libc::SYS_pidfd_open, self.child.as_raw(), 0)?;
+        for fd in &self.fds {
+            let file = open(libc::SYS_pidfd_getfd, child, *fd).context("pidfd_getfd")?;
+            // SAFETY: As above, the other way round.
+            ensure!(unsafe { libc::dup3(file, *fd, libc::O_CLOEXEC) } == *fd);
+            close(file)?;
+        }
+        close(child)?;
+        Ok(())
+    }
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        let _ = kill(self.child, Signal::SIGKILL);
+        let _ = waitpid(self.child, None);
+    }
 }

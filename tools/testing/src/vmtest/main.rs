@@ -24,12 +24,19 @@ use libtest_mimic::{
 use testing::{
     client::SERVE,
     exits::Vendor,
+    faults::{
+        ensure_no_leaks,
+        leaks_are_found, //
+    },
     interface,
     kernel_log::{
         bad_lines,
         KernelLog, //
     },
-    modules,
+    modules::{
+        self,
+        EXITPOLICY, //
+    },
     resets,
     server, //
 };
@@ -216,7 +223,13 @@ fn tests() -> Result<Vec<Test>> {
         guest::tests(vendor),
         guest_live::tests(vendor)?,
         // What was said between tests, and after the last one, by workers and the like.
-        vec![Test::new("end::kernel_log", whole_log).stock()],
+        vec![
+            Test::new("end::kernel_log", whole_log).stock(),
+            // kmemleak does not look by itself.
+            Test::new("end::no_leaks", || ensure_no_leaks(EXITPOLICY))
+                .stock()
+                .ignored(!leaks_are_found()),
+        ],
     ];
     Ok(tests.into_iter().flatten().collect())
 }

@@ -89,10 +89,7 @@ fn decision() -> Result<()> {
     let cgroup = Cgroup::new("own")?;
     ioctl::set_policy(&cgroup, Exits::HLT, !Exits::PAUSE)?;
 
-    let trace = Path::new(TRACEFS).join("trace");
-    fs::write(&trace, "")?;
-    fs::write(event.join("enable"), "1")?;
-    let result = (|| {
+    let (view, lines) = decisions_in(|| {
         let mut vmm = Vmm::start(&cgroup)?;
         let vm = vmm.create_vm()?;
         vmm.disable_exits(vm, Exits::PAUSE)?;
@@ -102,19 +99,12 @@ fn decision() -> Result<()> {
         let view = interface::only_vm()?;
         vmm.kill()?;
         Ok::<VmView, anyhow::Error>(view)
-    })();
-    fs::write(event.join("enable"), "0")?;
-    let text = fs::read_to_string(&trace)?;
-    fs::write(&trace, "")?;
+    })?;
 
-    let view = result?;
+    let view = view?;
     ensure!(view.effective.contains(Exits::HLT), "{view:?}");
     ensure!(view.requested == view.clamped, "{view:?}");
-    let lines: Vec<&str> = text
-        .lines()
-        .filter(|line| line.contains("exitpolicy_decision:"))
-        .collect();
-    ensure!(lines.len() == 1, "not one event: {text}");
+    ensure!(lines.len() == 1, "not one event: {lines:#?}");
     let expected = [
         format!("vm={}", view.id),
         format!("cgroup={}", cgroup.id()?),
@@ -125,11 +115,29 @@ fn decision() -> Result<()> {
         format!("clamped={}", view.clamped),
     ];
     for expected in expected {
-        // The event has the same names, with '|' or ',' between them.
-        let found = lines[0]
-            .split_whitespace()
-            .any(|word| word.replace('|', ",") == expected);
-        ensure!(found, "no {expected} in {}", lines[0]);
+        ensure!(has(&lines[0], &expected), "no {expected} in {}", lines[0]);
     }
     Ok(())
+}
+
+/// The events of decisions that there are while something is done.
+pub fn decisions_in<T>(body: impl FnOnce() -> T) -> Result<(T, Vec<String>)> {
+    let enable = Path::new(TRACEFS).join("events/exitpolicy/exitpolicy_decision/enable");
+    let trace = Path::new(TRACEFS).join("trace");
+    fs::write(&trace, "")?;
+    fs::write(&enable, "1")?;
+    let result = body();
+    fs::write(&enable, "0")?;
+    let text = fs::read_to_string(&trace)?;
+    fs::write(&trace, "")?;
+    let lines = text.lines().map(str::to_string);
+    let events = lines.filter(|line| line.contains("exitpolicy_decision:"));
+    Ok((result, events.collect()))
+}
+
+/// Whether an event says this, as "field=value". It has the same names of exits as everybody, with
+/// '|' or ',' between them.
+pub fn has(event: &str, what: &str) -> bool {
+    let mut words = event.split_whitespace();
+    words.any(|word| word.replace('|', ",") == what)
 }

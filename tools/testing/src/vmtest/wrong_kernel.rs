@@ -3,14 +3,17 @@
 //! The module in kernels that it was not made for: refused, with the reason in one line of the log,
 //! and nothing left behind.
 //!
-//! The kernel is always the same. It is the module's file that is doctored, so that it looks for
-//! what this kernel has not.
+//! The kernel is always the same. It is the module that is another one: its file is doctored, so that
+//! it looks for what this kernel has not, or it was built for another kernel, or from other headers.
 
 use std::{
     collections::BTreeSet,
     fs,
     ops::Range,
-    path::Path, //
+    path::{
+        Path,
+        PathBuf, //
+    },
 };
 
 use anyhow::{
@@ -27,17 +30,26 @@ use nix::{
         MsFlags, //
     },
     sched::{
+        sched_getaffinity,
+        sched_setaffinity,
         unshare,
-        CloneFlags, //
+        CloneFlags,
+        CpuSet, //
     },
+    unistd::gettid,
 };
 use testing::{
     cgroup::Cgroup,
     client::Vmm,
-    exits::Vendor,
+    exits::{
+        Calls,
+        Vendor, //
+    },
     interface::{
         self,
-        ioctl, //
+        ioctl,
+        NEXT_ENTRY,
+        PENDING, //
     },
     kernel_log::KernelLog,
     modules::{
@@ -45,12 +57,24 @@ use testing::{
         EXITPOLICY, //
     },
     payload::Payload,
-    uapi::Device, //
+    soon,
+    uapi::{
+        self,
+        Device, //
+    },
+    vmm::{
+        Action,
+        Work, //
+    }, //
 };
 
 use crate::{
     is_slow_host,
-    lifecycle::nothing_hooked,
+    lifecycle::{
+        ensure_not_unloadable,
+        nothing_hooked,
+        unload_soon, //
+    },
     matrix::{
         check_guest,
         floor, //
@@ -73,9 +97,18 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("wrong_kernel::hooks_that_are_not_called", move || {
             hooks_that_are_not_called(vendor)
         }),
+        Test::new("wrong_kernel::missed_probe", move || missed_probe(vendor)),
+        Test::new("wrong_kernel::missed_cpuid", move || missed_cpuid(vendor)),
         Test::new("wrong_kernel::vm_in_another_state", move || {
             vm_in_another_state(vendor)
         }),
+        Test::new("wrong_kernel::other_headers", move || other_headers(vendor))
+            .ignored(!OTHER_HEADERS.iter().all(|(name, _)| built(name).exists())),
+        Test::new(
+            "wrong_kernel::another_kernels_module",
+            another_kernels_module,
+        )
+        .ignored(!built(OTHER_KERNEL).exists()),
         Test::new("wrong_kernel::no_parameter", move || no_parameter(vendor)),
         Test::new("wrong_kernel::no_tracepoint", no_tracepoint),
         Test::new("wrong_kernel::no_dev_kvm", move || no_dev_kvm(vendor)),
@@ -114,6 +147,10 @@ fn ensure_refused(
 fn unloaded(work: impl FnOnce(&[u8]) -> Result<()>) -> Result<()> {
     modules::unload(EXITPOLICY)?;
     let result = work(&modules::image()?);
+    if modules::is_loaded(EXITPOLICY)? {
+        // A wrong one that is left by a test that has failed.
+        unload_soon(EXITPOLICY)?;
+    }
     let loaded = modules::load(EXITPOLICY).context("the right module");
     result.and(loaded)?;
     let info = Device::open()?.info()?;
@@ -177,7 +214,7 @@ fn position(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
 /// The layouts that the C compiler saw, each of them in turn another one than bindgen saw.
 fn other_layouts(step: usize) -> Result<()> {
     unloaded(|image| {
-        let table = symbol(image, "exitpolicy_layout")?;
+        let table = Elf(image).symbol("exitpolicy_layout")?;
         let words = table.len() / 8;
         ensure!(words >= 29, "only {words} are compared");
         let mut named = BTreeSet::new();
@@ -193,40 +230,72 @@ fn other_layouts(step: usize) -> Result<()> {
     })
 }
 
-/// Where the value of a symbol is in a module's file.
-fn symbol(image: &[u8], name: &str) -> Result<Range<usize>> {
+/// A module's file, in so far as it is an object file.
+struct Elf<'a>(&'a [u8]);
+
+impl Elf<'_> {
     /// The sizes and offsets of ELF64.
     const SECTION: usize = 64;
     const SYMBOL: usize = 24;
     const SYMBOL_TABLE: usize = 2;
-    let number = |at: usize, size: usize| -> Result<usize> {
-        let bytes = image.get(at..at + size).context("a short file")?;
+
+    fn number(&self, at: usize, size: usize) -> Result<usize> {
+        let bytes = self.0.get(at..at + size).context("a short file")?;
         let mut number = [0; 8];
         number[..size].copy_from_slice(bytes);
         Ok(u64::from_le_bytes(number).try_into()?)
-    };
-    let sections = number(0x28, 8)?;
-    let section = |index: usize| sections + index * SECTION;
-    for index in 0..number(0x3c, 2)? {
-        if number(section(index) + 4, 4)? != SYMBOL_TABLE {
-            continue;
-        }
-        let (symbols, size) = (
-            number(section(index) + 0x18, 8)?,
-            number(section(index) + 0x20, 8)?,
-        );
-        let names = number(section(number(section(index) + 0x28, 4)?) + 0x18, 8)?;
-        for at in (symbols..symbols + size).step_by(SYMBOL) {
-            let text = names + number(at, 4)?;
-            let text = image.get(text..text + name.len() + 1);
-            if text.is_some_and(|text| text.strip_suffix(&[0]) == Some(name.as_bytes())) {
-                let home = section(number(at + 6, 2)?);
-                let start = number(home + 0x18, 8)? + number(at + 8, 8)?;
-                return Ok(start..start + number(at + 16, 8)?);
+    }
+
+    /// The header of a section.
+    fn header(&self, index: usize) -> Result<usize> {
+        Ok(self.number(0x28, 8)? + index * Self::SECTION)
+    }
+
+    /// Where a section is in the file.
+    fn section(&self, index: usize) -> Result<Range<usize>> {
+        let header = self.header(index)?;
+        let start = self.number(header + 0x18, 8)?;
+        Ok(start..start + self.number(header + 0x20, 8)?)
+    }
+
+    fn sections(&self) -> Result<Range<usize>> {
+        Ok(0..self.number(0x3c, 2)?)
+    }
+
+    fn is_name(&self, at: usize, name: &str) -> bool {
+        let text = self.0.get(at..at + name.len() + 1);
+        text.is_some_and(|text| text.strip_suffix(&[0]) == Some(name.as_bytes()))
+    }
+
+    /// Where the section of this name is.
+    fn section_named(&self, name: &str) -> Result<Range<usize>> {
+        let names = self.section(self.number(0x3e, 2)?)?.start;
+        for index in self.sections()? {
+            if self.is_name(names + self.number(self.header(index)?, 4)?, name) {
+                return self.section(index);
             }
         }
+        Err(anyhow!("the module has no section {name}"))
     }
-    Err(anyhow!("the module has no {name}"))
+
+    /// Where the value of a symbol is.
+    fn symbol(&self, name: &str) -> Result<Range<usize>> {
+        for index in self.sections()? {
+            let header = self.header(index)?;
+            if self.number(header + 4, 4)? != Self::SYMBOL_TABLE {
+                continue;
+            }
+            let names = self.section(self.number(header + 0x28, 4)?)?.start;
+            for at in self.section(index)?.step_by(Self::SYMBOL) {
+                if self.is_name(names + self.number(at, 4)?, name) {
+                    let home = self.section(self.number(at + 6, 2)?)?;
+                    let start = home.start + self.number(at + 8, 8)?;
+                    return Ok(start..start + self.number(at + 16, 8)?);
+                }
+            }
+        }
+        Err(anyhow!("the module has no {name}"))
+    }
 }
 
 /// A function of the vendor module.
@@ -288,6 +357,152 @@ fn hooks_that_are_not_called(vendor: Vendor) -> Result<()> {
     })
 }
 
+/// A hook that KVM passes by. The module's own VM does not show it, as a vCPU does not recalculate
+/// its intercepts before it runs. So the module is loaded, and its changes are never made: vCPUs are
+/// asked so often and no more, all interfaces say that they have not changed, the guest gets on,
+/// and the module stays until the VM is gone.
+fn missed_probe(vendor: Vendor) -> Result<()> {
+    let name = function(vendor, "recalc_intercepts");
+    // For NMIs, of which there are none.
+    let other = function(vendor, "inject_nmi");
+    let test = gettid();
+    let all = sched_getaffinity(test)?;
+    let result = unloaded(|image| {
+        modules::load_image(&renamed(image, &name, &other)?)?;
+        never_changed(vendor, &name, &all)?;
+        modules::unload(EXITPOLICY)?;
+        nothing_hooked()
+    });
+    sched_setaffinity(test, &all)?;
+    result
+}
+
+/// A VM that is to change, and whose vCPUs recalculate unseen.
+fn never_changed(vendor: Vendor, recalc_intercepts: &str, all: &CpuSet) -> Result<()> {
+    /// How often a vCPU is asked at most (rust/live.rs: wait_for()), at first and again.
+    const MOST: u64 = 1 + 100;
+
+    let mut cpus = (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu) == Ok(true));
+    let first = cpus.next().context("no CPU")?;
+    let last = cpus.last();
+    let floor = floor(vendor)?;
+    let cgroup = Cgroup::new("own")?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    vmm.hide_pv_unhalt(vm)?;
+    let guest = vmm.guest(vm)?;
+    let vcpus = [vmm.create_vcpu(vm, 0)?, vmm.create_vcpu(vm, 1)?];
+    let id = interface::only_vm()?.id;
+    // Whoever waits finds the first vCPU out of the guest, where it has taken the request, as it has
+    // the same CPU. The other one sees to it that there is somebody to wait for, and these VMs that
+    // it is back in its guest by then.
+    let mut here = CpuSet::new();
+    here.set(first)?;
+    sched_setaffinity(gettid(), &here)?;
+    for (vcpu, cpu) in vcpus.into_iter().zip([first, last.unwrap_or(first)]) {
+        vmm.pin(vcpu, cpu)?;
+        vmm.start_run(vcpu, Work::gated(Payload::Hlt))?;
+    }
+    for _ in 0..8 {
+        let idle = vmm.create_vm()?;
+        vmm.create_vcpu(idle, 0)?;
+    }
+    let gets_on = || -> Result<()> {
+        for index in 0..vcpus.len() {
+            let goal = guest.open_gate(index, 5);
+            let done = soon(|| Ok(guest.params(index).executed >= goal))?;
+            ensure!(done, "the guest is stuck: {:?}", guest.params(index));
+        }
+        Ok(())
+    };
+    gets_on()?;
+    let tids = vcpus.map(|vcpu| vcpu.tid);
+    let calls = Calls::of(recalc_intercepts, &tids)?;
+    let directory = cgroup.open()?;
+    let argument = uapi::Policy {
+        flags: uapi::POLICY_DISABLE,
+        cgroup_fd: testing::cgroup::fd_of(&directory),
+        disable: Exits::HLT.bits(),
+        // Long enough for many more tries than there may be.
+        timeout_ms: 5_000,
+        ..Default::default()
+    };
+    let (mut most, mut named) = (0, 0);
+    for _ in 0..5 {
+        let count = || -> Result<[u64; 2]> { Ok([calls.by(tids[0])?, calls.by(tids[1])?]) };
+        let before = count()?;
+        named += Device::open()?.policy(uapi::SET_POLICY, argument)?.pending;
+        let after = count()?;
+        for (before, after) in before.into_iter().zip(after) {
+            let asked = after - before;
+            ensure!(asked <= MOST, "a vCPU was asked {asked} times");
+            most = most.max(asked);
+        }
+        let view = ioctl::vm(id)?;
+        ensure!(view.pending == 2, "nobody says so: {view:?}");
+        for vcpu in &view.each {
+            ensure!(
+                vcpu.in_force == floor && [PENDING, NEXT_ENTRY].contains(&vcpu.state.as_str()),
+                "nobody says that it has not changed: {vcpu:?}"
+            );
+        }
+        gets_on()?;
+        if most > MOST / 2 {
+            break;
+        }
+    }
+    eprintln!("    asked {most} times at most; {named} pending when the time was over");
+    ensure!(
+        last.is_none() || most > MOST / 2,
+        "asked only {most} times, so that nothing was tested"
+    );
+    drop(calls);
+    ensure_not_unloadable()?;
+    vmm.kill()?;
+    interface::ensure_no_vms()?;
+    ioctl::clear_policy(&cgroup)
+}
+
+/// The same of the hook on KVM_SET_CPUID2: a VMM that repeats its guest's CPUID after a change of
+/// `hlt` is told EINVAL by KVM, and that is all.
+fn missed_cpuid(vendor: Vendor) -> Result<()> {
+    // For debug registers, which no guest of ours writes: its arguments are others.
+    let other = "kvm_set_dr";
+    let effective = floor(vendor)? | Exits::HLT;
+    let cgroup = Cgroup::new("own")?;
+    unloaded(|image| {
+        modules::load_image(&renamed(image, "kvm_set_cpuid", other)?)?;
+        // On Intel, a guest that knows of PV_UNHALT is not given `hlt` later, but may lose it.
+        ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+        let mut vmm = Vmm::start(&cgroup)?;
+        let vm = vmm.create_vm()?;
+        let vcpu = vmm.create_vcpu(vm, 0)?;
+        vmm.run(vcpu, Work::new(Payload::Hlt, 2))?;
+        vmm.act(vcpu, Action::SetCpuid).context("before a change")?;
+        let id = interface::only_vm()?.id;
+        let change = |vmm: &mut Vmm, disable| -> Result<()> {
+            let pending = ioctl::set_override(id, None, disable)?;
+            ensure!(pending == 0, "{pending} vCPUs are pending");
+            vmm.run(vcpu, Work::new(Payload::Hlt, 2)).map(drop)
+        };
+        change(&mut vmm, Exits::NONE)?;
+        let refused = vmm.act(vcpu, Action::SetCpuid);
+        let errno = refused.as_ref().err().and_then(|error| {
+            let mut causes = error.chain();
+            causes.find_map(|cause| cause.downcast_ref::<std::io::Error>()?.raw_os_error())
+        });
+        ensure!(errno == Some(libc::EINVAL), "KVM_SET_CPUID2: {refused:?}");
+        change(&mut vmm, Exits::HLT)?;
+        vmm.act(vcpu, Action::SetCpuid).context("after all")?;
+        check_guest(vendor, &mut vmm, vcpu, Payload::Hlt, effective)?;
+        vmm.kill()?;
+        interface::ensure_no_vms()?;
+        ioctl::clear_policy(&cgroup)?;
+        modules::unload(EXITPOLICY)?;
+        nothing_hooked()
+    })
+}
+
 /// A hook that is called, and finds another state than the module knows: this one comes when the VM
 /// is taken down.
 fn vm_in_another_state(vendor: Vendor) -> Result<()> {
@@ -295,9 +510,88 @@ fn vm_in_another_state(vendor: Vendor) -> Result<()> {
         let name = function(vendor, "vcpu_create");
         let image = renamed(image, &name, &function(vendor, "vcpu_free"))?;
         let module = vendor.module().replace('-', "_");
-        let reason = "has flags or a state that we do not know";
+        let reason = "something else where kvm.online_vcpus should be";
         refused(&image, Errno::EUCLEAN, &[&module, reason]).map(drop)
     })
+}
+
+/// Modules that are right but for the headers that they were built from (`make doctored`), and the
+/// field in which it shows first.
+const OTHER_HEADERS: [(&str, &str); 2] = [
+    // A field less in the VM.
+    ("doctored-vm", "kvm.arch.kvmclock_offset"),
+    // One more at the end of the vCPU, so that the vendor's part of it is elsewhere.
+    ("doctored-vcpu", "vmcb01 or vmcs01"),
+];
+
+/// The module as it was built for a kernel of another configuration, by another compiler.
+const OTHER_KERNEL: &str = "other-kernel";
+
+/// Where the lab puts a module that is not for this kernel.
+fn built(name: &str) -> PathBuf {
+    Path::new("/usr/local/share/exitpolicy").join(format!("{name}.ko"))
+}
+
+/// The build ids are those of this KVM, and the structures are not.
+fn other_headers(vendor: Vendor) -> Result<()> {
+    unloaded(|_| {
+        let module = vendor.module().replace('-', "_");
+        for (name, field) in OTHER_HEADERS {
+            let field = match (field, vendor) {
+                ("vmcb01 or vmcs01", Vendor::Svm) => "vcpu_svm.vmcb01",
+                ("vmcb01 or vmcs01", Vendor::Vmx) => "vcpu_vmx.vmcs01",
+                (field, _) => field,
+            };
+            let image = fs::read(built(name))?;
+            let reason = format!("something else where {field} should be");
+            refused(&image, Errno::EUCLEAN, &[&module, &reason])?;
+        }
+        Ok(())
+    })
+}
+
+/// What a module says of itself.
+fn modinfo(image: &[u8]) -> Result<Vec<String>> {
+    let section = Elf(image).section_named(".modinfo")?;
+    let words = image[section].split(|byte| *byte == 0);
+    let words = words.filter(|word| !word.is_empty());
+    Ok(words
+        .map(|word| String::from_utf8_lossy(word).into_owned())
+        .collect())
+}
+
+/// A module that was built for another kernel, as it is, and as if it had been built for this one.
+fn another_kernels_module() -> Result<()> {
+    unloaded(|right| {
+        let image = fs::read(built(OTHER_KERNEL))?;
+        let errno = refused_by_loader(&image)?;
+        ensure!(errno == Errno::ENOEXEC, "as it is: {errno}");
+
+        let is_vermagic = |word: &String| word.starts_with("vermagic=");
+        let mut words = modinfo(&image)?;
+        words.retain(|word| !is_vermagic(word) && !word.starts_with("description="));
+        words.extend(modinfo(right)?.into_iter().filter(is_vermagic));
+        let mut text = words.join("\0").into_bytes();
+        let section = Elf(&image).section_named(".modinfo")?;
+        ensure!(text.len() < section.len(), "there is no room for vermagic");
+        text.resize(section.len(), 0);
+        let mut image = image;
+        image[section].copy_from_slice(&text);
+        refused_by_loader(&image).map(drop)
+    })
+}
+
+/// Fails unless the kernel does not even call the module's init function, and says why.
+fn refused_by_loader(image: &[u8]) -> Result<Errno> {
+    let mut log = KernelLog::from_now()?;
+    let errno = modules::load_image(image).err();
+    let errno = errno.context("it was loaded")?;
+    let mut lines = log.lines()?;
+    lines.retain(|line| line.contains(EXITPOLICY));
+    eprintln!("    {errno}: {}", lines.first().map_or("", String::as_str));
+    ensure!(!lines.is_empty(), "{errno}, and the log does not say why");
+    nothing_hooked()?;
+    Ok(errno)
 }
 
 /// A parameter of the vendor module.
@@ -397,11 +691,11 @@ fn switched_off(vendor: Vendor) -> Result<()> {
         let vcpu = vmm.create_vcpu(vm, 0)?;
         let view = interface::only_vm()?;
         ensure!(view.effective == effective, "{view:?}");
-        let report = vmm.run(vcpu, testing::vmm::Work::new(Payload::Hlt, 2))?;
+        let report = vmm.run(vcpu, Work::new(Payload::Hlt, 2))?;
         ensure!(report.halt_exits == 0, "{report:?}");
         // A change is seen by the same hooks.
         ioctl::set_policy(&cgroup, Exits::NONE, Exits::ALL)?;
-        let report = vmm.run(vcpu, testing::vmm::Work::new(Payload::Hlt, 2))?;
+        let report = vmm.run(vcpu, Work::new(Payload::Hlt, 2))?;
         ensure!(report.halt_exits == 2, "{report:?}");
         ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
         drop(off);

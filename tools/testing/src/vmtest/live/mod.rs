@@ -65,7 +65,7 @@ mod cgroups;
 mod flips;
 mod halted;
 mod loaded;
-mod nested;
+pub mod nested;
 mod rules;
 mod timers;
 pub mod torture;

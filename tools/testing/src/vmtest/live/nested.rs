@@ -21,6 +21,7 @@ use testing::{
         Counter,
         Vendor, //
     },
+    faults::Faults,
     interface::{
         self,
         command,
@@ -191,6 +192,10 @@ impl Nested {
 
     /// Gives or takes L2's exit, and waits so many ms at most. Returns how many vCPUs are pending.
     fn change(&self, on: bool, timeout_ms: u32) -> Result<u32> {
+        self.change_by(&Device::open()?, on, timeout_ms)
+    }
+
+    fn change_by(&self, device: &Device, on: bool, timeout_ms: u32) -> Result<u32> {
         let (command, disable) = match on {
             true => (uapi::SET_VM, self.payload.exit()),
             false => (uapi::RESET_VM, Exits::NONE),
@@ -203,7 +208,7 @@ impl Nested {
             disable: disable.bits(),
             ..Default::default()
         };
-        Ok(Device::open()?.overriding(command, argument)?.pending)
+        Ok(device.overriding(command, argument)?.pending)
     }
 
     /// Fails unless each of L2's executions costs so many exits.
@@ -577,6 +582,36 @@ fn without_the_hook(vendor: Vendor, symbol: &str) -> Result<()> {
     lines.retain(|line| line.contains(symbol));
     ensure!(lines.len() == 1, "not one line: {lines:#?}");
     Ok(())
+}
+
+/// There is no memory for the hook: the change is pending as it would be with it, and made once there
+/// is. The worker tries as well, and nobody keeps memory from it. Returns how many allocations failed.
+pub fn hook_without_memory(vendor: Vendor) -> Result<u32> {
+    let faults = Faults::of_module(EXITPOLICY)?;
+    let cgroup = Cgroup::new("own")?;
+    let mut nested = Nested::start(vendor, &cgroup, Payload::L2Hlt)?;
+    let device = Device::open()?;
+    let failed = faults.each(
+        || nested.change_by(&device, true, limit(vendor)),
+        |outcome| {
+            let pending = outcome.result?;
+            ensure!(pending == 1, "{pending} pending: {:?}", nested.rig.view());
+            ensure!(
+                soon(is_hooked)?,
+                "the worker does not hook: {:?}",
+                nested.rig.view()
+            );
+            let pending = nested.change(false, uapi::MAX_TIMEOUT)?;
+            ensure!(pending == 0, "{pending} pending: {:?}", nested.rig.view());
+            ensure_hooked(false)
+        },
+    )?;
+    nested.give_in_l2()?;
+    nested.leave_and_change()?;
+    nested.back();
+    drop(device);
+    nested.end()?;
+    Ok(failed)
 }
 
 /// What is pending in L2 is taken back there: nothing is to be done any more, nor waited for.
