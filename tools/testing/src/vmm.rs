@@ -510,7 +510,7 @@ impl Vm {
     }
 
     /// The table for KVM_SET_CPUID2.
-    fn cpuid(&self) -> CpuId {
+    pub fn cpuid(&self) -> CpuId {
         let mut cpuid = self.cpuid.clone();
         if !self.pv_unhalt.load(Ordering::Acquire) {
             for entry in cpuid.as_mut_slice() {
@@ -561,6 +561,7 @@ impl Vm {
             fd,
             index,
             vm: self.clone(),
+            has_cpuid: false,
             ready: false,
         })
     }
@@ -583,6 +584,7 @@ pub struct Vcpu {
     fd: VcpuFd,
     index: usize,
     vm: Arc<Vm>,
+    has_cpuid: bool,
     ready: bool,
 }
 
@@ -837,6 +839,9 @@ impl Vcpu {
     }
 
     fn set_up_once(&mut self) -> Result<()> {
+        if !self.has_cpuid {
+            self.set_cpuid(&self.vm.cpuid())?;
+        }
         if !self.ready {
             self.set_up().context("cannot set up the vCPU")?;
             self.ready = true;
@@ -882,11 +887,15 @@ impl Vcpu {
         }
     }
 
-    /// CPUID and long mode.
+    /// KVM_SET_CPUID2 and nothing else, in place of the one of who prepares the vCPU.
+    pub fn set_cpuid(&mut self, cpuid: &CpuId) -> Result<()> {
+        self.fd.set_cpuid2(cpuid).context("KVM_SET_CPUID2")?;
+        self.has_cpuid = true;
+        Ok(())
+    }
+
+    /// Long mode.
     fn set_up(&mut self) -> Result<()> {
-        self.fd
-            .set_cpuid2(&self.vm.cpuid())
-            .context("KVM_SET_CPUID2")?;
         let segment = |selector: u16, type_: u8, long: bool| kvm_segment {
             base: 0,
             limit: u32::MAX,

@@ -66,7 +66,7 @@ struct Options {
     #[arg(long, default_value = "this")]
     host: String,
     /// Name and version of the emulator, where the host is an emulated one
-    #[arg(long, default_value = "unknown")]
+    #[arg(long, default_value = "unknown", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     emulator: String,
     /// How often each operation of a guest is measured
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(32..=8192))]
@@ -131,7 +131,11 @@ fn run(options: &Options) -> Result<()> {
                 document.figures.extend(figures);
                 document.absent.extend(absent);
             }
-            Group::Idle => document.figures.extend(idle::measure(options.count, many)?),
+            Group::Idle => {
+                let (figures, absent) = idle::measure(options.count, many)?;
+                document.figures.extend(figures);
+                document.absent.extend(absent);
+            }
             Group::Decision => {
                 let depths = [1, 2, 4, 8, 16, 32];
                 let by_policies = decision::by_policies(options.vms, &options.policies)?;
