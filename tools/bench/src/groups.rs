@@ -303,20 +303,20 @@ fn new_vm(group: &Group<'_>, directory: &Path) -> Result<()> {
                     bars.push(point.and_then(|(_, figure)| median(figure)));
                 }
                 bars.push(Some(Bar::exactly(together as f64)));
-                bars.push(Some(Bar::exactly(making.median as f64 / 100.0)));
-                let label = match (things, at) {
-                    (decision::DEPTH, depth) => {
-                        format!("a cgroup {depth} deep, a policy on each level")
-                    }
-                    (_, 0) => "no policy on the host".to_string(),
-                    (_, policies) => format!("{policies} policies on the host"),
+                bars.push(Some(Bar::exactly((making.median / 100) as f64)));
+                let label = match things {
+                    decision::DEPTH => format!("{things} {at}"),
+                    _ => format!("{at} {things}"),
                 };
-                clusters.push((wrapped(&label), bars));
+                clusters.push((label, bars));
             }
         }
         let series = decision::HOOKED.map(|[_, added]| added).into_iter();
         panels.push(Panel {
-            title: format!("What the module adds to making a VM: {}", host(document)),
+            title: format!(
+                "What the module adds to making a VM, by policies on the host, and on each level: {}",
+                host(document)
+            ),
             y: unit(figures),
             plot: Plot::Bars {
                 series: series

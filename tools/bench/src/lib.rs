@@ -75,8 +75,10 @@ pub mod guest {
     pub const LOCKS: &str = "waiting for locks, 4 vCPUs on 1 CPU";
     /// What goes where `hlt` is passed through, as a reason.
     pub const REASON_HLT: &str = "HLT";
-    /// For fewer kicks of waiters than that, as a median, nobody has waited for locks.
-    pub const KICKS: i64 = 100;
+    /// Hypercalls of who releases a lock for which somebody has halted.
+    pub const KICKS: &str = "kicks";
+    /// For fewer of them than that, as a median, nobody has waited for locks.
+    pub const ENOUGH_KICKS: i64 = 8;
 
     /// What those of a work's exits that have one reason are called.
     pub fn by_reason(work: &str, reason: &str) -> String {

@@ -126,19 +126,16 @@ fn bars(
         script,
         "unset xlabel\nset xrange [-0.7:{}]\nset xtics scale 0 nomirror noenhanced ({})\n\
          set style data histograms\nset style histogram errorbars gap 1 linewidth 1\n\
-         set style fill solid\nset bars 0.4",
+         set style fill solid 0.6\nset bars 0.4 front",
         clusters.len() as f64 - 0.3,
         labels.join(", ")
     )?;
-    writeln!(
-        script,
-        "{}",
-        if series.len() > 1 {
-            "set key"
-        } else {
-            "unset key"
-        }
-    )?;
+    // With room for the key above the bars, where there is more than one thing to tell apart.
+    let (key, room) = match series.len() {
+        1 => ("unset key", 0.2),
+        more => ("set key", 0.15 + 0.08 * more as f64),
+    };
+    writeln!(script, "{key}\nset offsets 0, 0, graph {room}, 0")?;
     let mut plots = Vec::new();
     for (index, title) in series.iter().enumerate() {
         let column = 4 * index + 1;
@@ -189,7 +186,8 @@ fn line(number: usize, x: &str, points: &[(f64, f64)], script: &mut String) -> R
     let ticks: Vec<String> = points.iter().map(|(x, _)| format!("\"{x}\" {x}")).collect();
     writeln!(
         script,
-        "set xrange [0:{}]\nset xtics nomirror scale 1 ({})\nset ytics nomirror autofreq",
+        "set xrange [0:{}]\nset xtics nomirror scale 1 ({})\nset ytics nomirror autofreq\n\
+         set offsets 0, 0, graph 0.1, 0",
         last * 1.08,
         ticks.join(", ")
     )?;
@@ -246,12 +244,11 @@ pub fn draw(directory: &Path, name: &str, title: &str, note: &str, panels: &[Pan
             quoted(note),
             up(14.0)
         )?;
-        // From 0, but for what is less than that; with room for the key.
+        // From 0, but for what is less than that.
         writeln!(
             script,
             "set yrange [*<0:*]\nset border 3\nset grid ytics linecolor rgb '#d0d7de'\n\
-             set key inside top right vertical width -1\nset format y '%.12g'\n\
-             set offsets 0, 0, graph 0.35, 0"
+             set key inside top right vertical width -1\nset format y '%.12g'"
         )?;
         for (number, panel) in panels.iter().enumerate() {
             panel.script(number, &mut script)?;

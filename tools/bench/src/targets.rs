@@ -22,7 +22,6 @@ use crate::groups::{
     added,
     creation,
     distinct,
-    find,
     need,
     of,
     points, //
@@ -214,20 +213,20 @@ fn linux(figures: &[&Figure], findings: &mut Findings) -> Result<()> {
             findings.judge(passed.max == 0, line, "0");
         }
     }
-    // SVM's name of a hypercall, and VMX's.
-    let kicks = ["VMMCALL", "VMCALL"]
-        .iter()
-        .find_map(|call| {
-            find(
-                figures,
-                &guest::by_reason(guest::LOCKS, call),
-                guest::TRAPPED,
-            )
-        })
-        .context("kicks were not counted")?;
-    let line = format!("{}, trapped: {} kicks", guest::LOCKS, kicks.median);
-    let target = format!("{} or more: else nobody waits for locks", guest::KICKS);
-    findings.judge(kicks.median >= guest::KICKS, line, &target);
+    let kicks = |case| need(figures, &guest::by_reason(guest::LOCKS, guest::KICKS), case);
+    let (with, without) = (kicks(guest::TRAPPED)?, kicks(guest::NO_PV)?);
+    let line = format!(
+        "{}: {} kicks with pvspinlock, {} without",
+        guest::LOCKS,
+        with.median,
+        without.median
+    );
+    let target = format!(
+        "{} or more with it, else nobody waits for locks, and none without",
+        guest::ENOUGH_KICKS
+    );
+    let holds = with.median >= guest::ENOUGH_KICKS && without.max == 0;
+    findings.judge(holds, line, &target);
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 
 use std::{
     fs,
+    io,
     os::unix::process::CommandExt,
     process::{
         Command,
@@ -57,6 +58,14 @@ fn command(words: &[&str]) -> Command {
         .args(&words[1..])
         .stdin(Stdio::null())
         .stdout(Stdio::null());
+    // Where things are in memory decides how many pages are needed for them, and is chance.
+    // SAFETY: A plain system call, in the child.
+    unsafe {
+        command.pre_exec(|| match libc::personality(libc::ADDR_NO_RANDOMIZE as _) {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        })
+    };
     command
 }
 
@@ -130,6 +139,6 @@ pub fn measure(count: usize) -> Result<(Vec<Figure>, Vec<Absent>)> {
 }
 
 fn is_missing(error: &anyhow::Error) -> bool {
-    let error = error.downcast_ref::<std::io::Error>();
-    error.is_some_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
 }

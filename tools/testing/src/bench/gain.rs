@@ -137,7 +137,8 @@ pub fn measure(count: u32) -> Result<(Vec<Figure>, Vec<Absent>)> {
             }
             let reasons = rig.reasons(&works).with_context(what)?;
             let own = own.iter().filter_map(|reason| reasons.get(*reason));
-            figure.own = Some(own.sum());
+            // A sum of none would be -0.
+            figure.own = Some(own.fold(0.0, |sum, count| sum + count));
             figure.reasons = reasons;
             pair.push(figure);
         }

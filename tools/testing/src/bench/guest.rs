@@ -37,6 +37,7 @@ use figures::{
         ALL,
         GROUP,
         HLT,
+        KICKS,
         LOCKS,
         NO_PV,
         REASON_HLT,
@@ -59,6 +60,7 @@ use crate::{
     exits::{
         Counter,
         Counts,
+        Histogram,
         Vendor, //
     },
     interface::{
@@ -89,8 +91,18 @@ const CASES: [(&str, &str, Option<Exits>); 4] = [
 ];
 
 /// The reasons that have figures of their own: what may be passed through, what comes instead, and
-/// what a guest does that waits: it kicks those that wait for its locks, sends IPIs and arms timers.
-const REASONS: [&str; 4] = [REASON_HLT, "interrupt", "VMMCALL", "MSR"];
+/// what sends IPIs and arms timers.
+const REASONS: [&str; 3] = [REASON_HLT, "interrupt", "MSR"];
+
+/// The hypercall of who releases a lock, of include/uapi/linux/kvm_para.h.
+const KVM_HC_KICK_CPU: u64 = 5;
+
+/// What a work took.
+struct Run {
+    exits: Counts,
+    /// Hypercalls that wake who has halted for a lock.
+    kicks: u64,
+}
 
 /// All works in all cases, each `repeats` times in one guest.
 pub fn measure(repeats: usize) -> Result<Vec<Figure>> {
@@ -107,8 +119,11 @@ pub fn measure(repeats: usize) -> Result<Vec<Figure>> {
                     .map(|_| guest.work(work))
                     .collect::<Result<Vec<_>>>()
                     .with_context(|| format!("{case}: {work}"))?;
-                let exits: Vec<u64> = runs.iter().map(Counts::total).collect();
-                eprintln!("exitpolicy-bench: {case}: {work}: {exits:?} exits");
+                let exits: Vec<_> = runs
+                    .iter()
+                    .map(|run| (run.exits.total(), run.kicks))
+                    .collect();
+                eprintln!("exitpolicy-bench: {case}: {work}: {exits:?} exits and kicks");
                 figures.extend(of_runs(name, case, &runs)?);
             }
             guest.end()?;
@@ -119,17 +134,18 @@ pub fn measure(repeats: usize) -> Result<Vec<Figure>> {
 }
 
 /// All exits, with the median for each reason, and those for some reasons.
-fn of_runs(name: &str, case: &str, runs: &[Counts]) -> Result<Vec<Figure>> {
+fn of_runs(name: &str, case: &str, runs: &[Run]) -> Result<Vec<Figure>> {
     let vendor = Vendor::of_host()?;
     let figure = |name: &str, values: Vec<i64>| Figure::new(GROUP, name, case, Unit::Exits, values);
-    let by_name: Vec<_> = runs.iter().map(|run| run.by_name(vendor)).collect();
+    let by_name: Vec<_> = runs.iter().map(|run| run.exits.by_name(vendor)).collect();
     let of_reason = |reason: &str| {
         let counts = by_name
             .iter()
             .map(|run| run.get(reason).copied().unwrap_or(0) as i64);
         figure(&by_reason(name, reason), counts.collect())
     };
-    let totals = runs.iter().map(|run| run.total() as i64).collect();
+    let totals = runs.iter().map(|run| run.exits.total() as i64).collect();
+    let kicks = runs.iter().map(|run| run.kicks as i64).collect();
     let mut all = vec![figure(name, totals)?];
     for reason in by_name.iter().flat_map(BTreeMap::keys) {
         let median = of_reason(reason)?.median as f64;
@@ -138,6 +154,7 @@ fn of_runs(name: &str, case: &str, runs: &[Counts]) -> Result<Vec<Figure>> {
     for reason in REASONS {
         all.push(of_reason(reason)?);
     }
+    all.push(figure(&by_reason(name, KICKS), kicks)?);
     Ok(all)
 }
 
@@ -158,6 +175,7 @@ struct Guest {
     console: BufReader<ChildStdout>,
     seen: String,
     counter: Counter,
+    hypercalls: Histogram,
 }
 
 impl Guest {
@@ -186,20 +204,27 @@ impl Guest {
         let mut console = BufReader::new(qemu.stdout.take().context("no pipe")?);
         let mut seen = String::new();
         let ready = wait_for(&mut console, &mut seen, "guest: ready");
-        let counter = ready.and_then(|()| {
+        let counters = ready.and_then(|()| {
             let tids = vcpu_threads(qemu.id(), vcpus)?;
             if vcpus > 2 {
                 pin(&tids)?;
             }
-            Counter::of_all(&tids)
+            let mine: Vec<String> = tids
+                .iter()
+                .map(|tid| format!("common_pid=={tid}"))
+                .collect();
+            let hypercalls =
+                Histogram::start("kvm/kvm_hypercall", &["common_pid", "nr"], &mine.join("||"))?;
+            Ok((Counter::of_all(&tids)?, hypercalls))
         });
-        match counter {
-            Ok(counter) => Ok(Self {
+        match counters {
+            Ok((counter, hypercalls)) => Ok(Self {
                 qemu,
                 orders,
                 console,
                 seen,
                 counter,
+                hypercalls,
             }),
             Err(error) => {
                 qemu.kill()?;
@@ -214,13 +239,25 @@ impl Guest {
         Ok(Counts::sum(&self.counter.read()?))
     }
 
+    /// All kicks so far.
+    fn kicks(&self) -> Result<u64> {
+        let hypercalls = self.hypercalls.read()?;
+        let kicks = hypercalls
+            .iter()
+            .filter(|(keys, _)| keys[1] == KVM_HC_KICK_CPU);
+        Ok(kicks.map(|(_, count)| count).sum())
+    }
+
     /// What a work costs in exits, with the few for being told of it.
-    fn work(&mut self, name: &str) -> Result<Counts> {
-        let before = self.exits()?;
+    fn work(&mut self, name: &str) -> Result<Run> {
+        let (before, kicks) = (self.exits()?, self.kicks()?);
         writeln!(self.orders, "{name}")?;
         let done = format!("guest: done {name}");
         wait_for(&mut self.console, &mut self.seen, &done)?;
-        Ok(before.until(&self.exits()?))
+        Ok(Run {
+            exits: before.until(&self.exits()?),
+            kicks: self.kicks()? - kicks,
+        })
     }
 
     fn end(mut self) -> Result<()> {
