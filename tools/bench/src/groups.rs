@@ -264,11 +264,11 @@ fn idle(group: &Group<'_>, directory: &Path) -> Result<()> {
     group.draw(directory, &panels)
 }
 
-/// What the module adds to making a VM, in all hooked calls together, by the number of some things.
-pub fn added(figures: &[&Figure], things: &str) -> Result<Vec<(u64, i64)>> {
+/// What the module adds to making a VM, in all hooked calls together, by the number of policies.
+pub fn added(figures: &[&Figure]) -> Result<Vec<(u64, i64)>> {
     let mut together: Vec<(u64, i64)> = Vec::new();
     for [_, added] in decision::HOOKED {
-        for (at, figure) in points(figures, added, things)? {
+        for (at, figure) in points(figures, added, decision::POLICIES)? {
             match together.iter_mut().find(|(other, _)| *other == at) {
                 Some((_, sum)) => *sum += figure.median,
                 None => together.push((at, figure.median)),
@@ -278,43 +278,26 @@ pub fn added(figures: &[&Figure], things: &str) -> Result<Vec<(u64, i64)>> {
     Ok(together)
 }
 
-/// What making a VM takes without the module, in a cgroup at a depth, or in the one that has the
-/// policies.
-pub fn creation<'a>(figures: &[&'a Figure], depth: Option<u64>) -> Result<&'a Figure> {
-    let case = match depth {
-        Some(depth) => format!("{}, {} {depth}", decision::ABSENT, decision::DEPTH),
-        None => decision::ABSENT.to_string(),
-    };
-    need(figures, decision::WHOLE, &case)
-}
-
 fn new_vm(group: &Group<'_>, directory: &Path) -> Result<()> {
     let mut panels = Vec::new();
     for (document, figures) in &group.hosts {
+        let making = need(figures, decision::WHOLE, decision::ABSENT)?;
         let mut clusters = Vec::new();
-        for things in [decision::POLICIES, decision::DEPTH] {
-            for (at, together) in added(figures, things)? {
-                let is_depth = things == decision::DEPTH;
-                let making = creation(figures, is_depth.then_some(at))?;
-                let mut bars = Vec::new();
-                for [_, added] in decision::HOOKED {
-                    let mut points = points(figures, added, things)?.into_iter();
-                    let point = points.find(|(other, _)| *other == at);
-                    bars.push(point.and_then(|(_, figure)| median(figure)));
-                }
-                bars.push(Some(Bar::exactly(together as f64)));
-                bars.push(Some(Bar::exactly((making.median / 100) as f64)));
-                let label = match things {
-                    decision::DEPTH => format!("{things} {at}"),
-                    _ => format!("{at} {things}"),
-                };
-                clusters.push((label, bars));
+        for (at, together) in added(figures)? {
+            let mut bars = Vec::new();
+            for [_, added] in decision::HOOKED {
+                let mut points = points(figures, added, decision::POLICIES)?.into_iter();
+                let point = points.find(|(other, _)| *other == at);
+                bars.push(point.and_then(|(_, figure)| median(figure)));
             }
+            bars.push(Some(Bar::exactly(together as f64)));
+            bars.push(Some(Bar::exactly((making.median / 100) as f64)));
+            clusters.push((format!("{at} {}", decision::POLICIES), bars));
         }
         let series = decision::HOOKED.map(|[_, added]| added).into_iter();
         panels.push(Panel {
             title: format!(
-                "What the module adds to making a VM, by policies on the host, and on each level: {}",
+                "What the module adds to making a VM, by policies on the host: {}",
                 host(document)
             ),
             y: unit(figures),

@@ -78,7 +78,7 @@ pub mod guest {
     /// Hypercalls of who releases a lock for which somebody has halted.
     pub const KICKS: &str = "kicks";
     /// For fewer of them than that, as a median, nobody has waited for locks.
-    pub const ENOUGH_KICKS: i64 = 8;
+    pub const ENOUGH_KICKS: i64 = 16;
 
     /// What those of a work's exits that have one reason are called.
     pub fn by_reason(work: &str, reason: &str) -> String {

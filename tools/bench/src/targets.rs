@@ -20,7 +20,6 @@ use figures::{
 
 use crate::groups::{
     added,
-    creation,
     distinct,
     need,
     of,
@@ -118,8 +117,8 @@ fn unchanged(figures: &[&Figure], findings: &mut Findings) -> Result<()> {
 /// A decision is a small part of making a VM, whatever the number of policies.
 fn decided(figures: &[&Figure], findings: &mut Findings) -> Result<()> {
     let share = |cost: i64, whole: &Figure| 100.0 * cost as f64 / whole.median as f64;
-    let making = creation(figures, None)?;
-    let by_policies = added(figures, decision::POLICIES)?;
+    let making = need(figures, decision::WHOLE, decision::ABSENT)?;
+    let by_policies = added(figures)?;
     for (policies, cost) in &by_policies {
         let share = share(*cost, making);
         let line = format!(
@@ -137,18 +136,6 @@ fn decided(figures: &[&Figure], findings: &mut Findings) -> Result<()> {
         );
         findings.judge(*more <= cost + cost / 4, line, "1.25 at most");
     }
-    for (depth, cost) in added(figures, decision::DEPTH)? {
-        let share = share(cost, creation(figures, Some(depth))?);
-        let missed = if share > 1.0 {
-            ": more than the 1 % that was the target"
-        } else {
-            ""
-        };
-        findings.say(format!(
-            "added to making a VM, a policy on each of {depth} levels: {cost} {}, {share:.2} %{missed}",
-            making.unit
-        ));
-    }
     let resolve = points(figures, decision::RESOLVE, decision::DEPTH)?;
     let resolve: Vec<_> = resolve
         .iter()
@@ -160,6 +147,17 @@ fn decided(figures: &[&Figure], findings: &mut Findings) -> Result<()> {
         .all(|(depth, cost)| (at_0 + slope * depth - cost).abs() <= cost / 100.0);
     let line = format!("{}, for each level: {slope:.0} more", decision::RESOLVE);
     findings.judge(is_linear, line, "a straight line, up to 1 %");
+    let (_, most) = by_policies.last().context("no policies")?;
+    let deepest = resolve.last().map_or(1.0, |(depth, _)| *depth);
+    let cost = *most as f64 + slope * (deepest - 1.0);
+    let room = making.median as f64 / 100.0 - *most as f64;
+    findings.say(format!(
+        "so with a policy on each of {deepest} levels {cost:.0} {} would be added, {:.2} %, and no more than the 1 % \
+         that was the target with {:.0} levels",
+        making.unit,
+        100.0 * cost / making.median as f64,
+        (1.0 + room / slope).floor()
+    ));
     let absent = need(figures, decision::WORKERS, decision::ABSENT)?;
     for (policies, figure) in points(figures, decision::WORKERS, decision::POLICIES)? {
         findings.say(format!(
@@ -339,7 +337,6 @@ mod tests {
             };
             let mut all = vec![
                 new(decision::WHOLE, decision::ABSENT, 100_000)?,
-                new(decision::WHOLE, "module absent, depth 1", 100_000)?,
                 new(decision::WORKERS, decision::ABSENT, 10)?,
                 new(decision::WORKERS, "1 policies", 10)?.at(1),
             ];
@@ -349,9 +346,6 @@ mod tests {
                 all.push(new(vcpu, &case, value)?.at(at));
                 all.push(new(cpuid, &case, 10)?.at(at));
                 all.push(new(run, &case, -10)?.at(at));
-            }
-            for added in [vcpu, cpuid, run] {
-                all.push(new(added, "depth 1", 9_000)?.at(1));
             }
             for (at, value) in [(1, 100), (2, 110), (4, at_4)] {
                 all.push(new(decision::RESOLVE, &format!("depth {at}"), value)?.at(at));

@@ -58,14 +58,6 @@ fn command(words: &[&str]) -> Command {
         .args(&words[1..])
         .stdin(Stdio::null())
         .stdout(Stdio::null());
-    // Where things are in memory decides how many pages are needed for them, and is chance.
-    // SAFETY: A plain system call, in the child.
-    unsafe {
-        command.pre_exec(|| match libc::personality(libc::ADDR_NO_RANDOMIZE as _) {
-            -1 => Err(io::Error::last_os_error()),
-            _ => Ok(()),
-        })
-    };
     command
 }
 
@@ -83,8 +75,17 @@ fn took(words: &[&str]) -> Result<i64> {
 /// tells the parent, is some tens of pages off.
 fn memory(words: &[&str]) -> Result<i64> {
     let mut command = command(words);
-    // SAFETY: A plain system call, in the child.
-    unsafe { command.pre_exec(|| Ok(ptrace::traceme()?)) };
+    // SAFETY: Plain system calls, in the child.
+    unsafe {
+        command.pre_exec(|| {
+            ptrace::traceme()?;
+            // Where things are in memory decides how many pages are needed for them, and is chance.
+            match libc::personality(libc::ADDR_NO_RANDOMIZE as _) {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            }
+        })
+    };
     let child = command.spawn()?;
     let pid = Pid::from_raw(child.id().try_into()?);
     ensure!(

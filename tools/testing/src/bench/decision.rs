@@ -277,43 +277,22 @@ pub fn by_policies(count: usize, policies: &[usize]) -> Result<Vec<Figure>> {
     Ok(all)
 }
 
-/// For cgroups at these depths below the root, with a policy on each level: a call that looks
-/// policies up, and for the least and the most of them VMs. What the allocators need for a VM goes
-/// up and down by more than a few levels take.
+/// For cgroups at these depths below the root, with a policy on each level: of a call that looks
+/// policies up. What the allocators need for a VM in a deep cgroup goes up and down by far more than
+/// that, with the module and without it.
 pub fn by_depth(count: usize, depths: &[usize]) -> Result<Vec<Figure>> {
     ensure!(!depths.contains(&0), "depths must be 1 or more");
-    let (least, most) = depths
-        .iter()
-        .min()
-        .zip(depths.iter().max())
-        .context("no depths")?;
     let mut chain: Vec<Cgroup> = Vec::new();
-    for _ in 0..*most {
-        chain.push(match chain.last() {
+    for _ in 0..depths.iter().copied().max().unwrap_or(0) {
+        let cgroup = match chain.last() {
             Some(parent) => parent.child("d")?,
             None => Cgroup::new("bench-depth")?,
-        });
-    }
-    let vms = |depth: &usize, case: &str| figures(&chain[depth - 1], case, None, count);
-    let unloaded = Unloaded::new()?;
-    let mut without = Vec::new();
-    for depth in [least, most] {
-        // A deep cgroup costs its VMM more without the module, too.
-        without.push(vms(depth, &format!("{ABSENT}, {DEPTH} {depth}"))?);
-    }
-    drop(unloaded);
-    modules::load_both()?;
-    for cgroup in &chain {
-        ioctl::set_policy(cgroup, Exits::HLT, Exits::ALL)?;
-    }
-    let mut all = Vec::new();
-    for (depth, absent) in [least, most].into_iter().zip(without) {
-        let loaded = vms(depth, &format!("{DEPTH} {depth}"))?;
-        let added = added(&absent, &loaded)?.into_iter();
-        all.extend(absent.into_iter().filter(|figure| figure.name == WHOLE));
-        all.extend(added.map(|figure| figure.at(*depth as u64)));
+        };
+        ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+        chain.push(cgroup);
     }
     let device = Device::open()?;
+    let mut all = Vec::new();
     for depth in depths {
         let directory = chain[depth - 1].open()?;
         let argument = uapi::Policy {

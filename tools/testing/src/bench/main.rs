@@ -14,6 +14,11 @@ use clap::{
     ValueEnum, //
 };
 use figures::{
+    decision::{
+        GROUP,
+        POLICIES, //
+    },
+    Absent,
     Document,
     SCHEMA, //
 };
@@ -99,6 +104,14 @@ fn main() -> ExitCode {
     }
 }
 
+/// What is said where so many policies are left out.
+fn without_most(policies: &[usize]) -> Option<Absent> {
+    const MOST: usize = 100_000;
+    let is_missing = policies.iter().all(|count| *count < MOST);
+    let why = "only where --policies has it, as making so many takes longer than all the rest";
+    is_missing.then(|| Absent::new(GROUP, &format!("{MOST} {POLICIES}"), why.to_string()))
+}
+
 fn run(options: &Options) -> Result<()> {
     if options.groups.iter().any(|group| *group != Group::Guest) {
         bench::unit()?;
@@ -142,6 +155,7 @@ fn run(options: &Options) -> Result<()> {
                 document.figures.extend(by_policies);
                 let by_depth = decision::by_depth(options.vms, &depths)?;
                 document.figures.extend(by_depth);
+                document.absent.extend(without_most(&options.policies));
             }
             Group::Command => {
                 let (figures, absent) = command::measure(options.vms)?;
