@@ -19,6 +19,97 @@ use serde::{
 /// Counts up when a key of [`Document`] changes its meaning or goes away.
 pub const SCHEMA: u32 = 1;
 
+/// The group "idle", and what its report and its tests must know of it.
+pub mod idle {
+    pub const GROUP: &str = "idle";
+    pub const CPUID: &str = "CPUID";
+    pub const SELF_IPI: &str = "IPI to itself";
+    pub const BOTH_HALT: &str = "IPI round trip, both halt";
+    pub const BOTH_RUN: &str = "IPI round trip, both run";
+    /// The case without the module.
+    pub const ABSENT: &str = "module absent";
+
+    /// By how many instructions a figure may differ from what it is without the module: not at
+    /// all. Where two vCPUs halt on one CPU the host's scheduler is part of it, which is the same
+    /// but for a few.
+    pub fn slack(name: &str, absent: i64) -> i64 {
+        if name == BOTH_HALT {
+            absent / 1000
+        } else {
+            0
+        }
+    }
+}
+
+/// The group "gain", and what its report must know of it.
+pub mod gain {
+    pub const GROUP: &str = "gain";
+    /// The cases: with exits, and without.
+    pub const TRAPPED: &str = "trapped";
+    pub const PASSED: &str = "passed through";
+}
+
+/// The group "change", and what its report must know of it.
+pub mod change {
+    pub const GROUP: &str = "change";
+    /// Where the vCPUs are when they are changed.
+    pub const RUNNING: &str = "hlt given to vCPUs that run";
+    pub const NATIVE: &str = "hlt taken from vCPUs that halt natively";
+    pub const BLOCKED: &str = "hlt given to vCPUs that are blocked";
+
+    /// What the exits meanwhile are called.
+    pub fn exits(state: &str) -> String {
+        format!("{state}: exits")
+    }
+}
+
+/// The group "guest", and what its report must know of it.
+pub mod guest {
+    pub const GROUP: &str = "guest";
+    /// The cases.
+    pub const TRAPPED: &str = "trapped";
+    pub const NO_PV: &str = "trapped, no pvspinlock";
+    pub const HLT: &str = "hlt passed through";
+    pub const ALL: &str = "all passed through";
+    /// The work in which many wait for locks.
+    pub const LOCKS: &str = "waiting for locks, 4 vCPUs on 1 CPU";
+    /// What goes where `hlt` is passed through, as a reason.
+    pub const REASON_HLT: &str = "HLT";
+    /// Hypercalls of who releases a lock for which somebody has halted.
+    pub const KICKS: &str = "kicks";
+    /// For fewer of them than that, as a median, nobody has waited for locks.
+    pub const ENOUGH_KICKS: i64 = 16;
+
+    /// What those of a work's exits that have one reason are called.
+    pub fn by_reason(work: &str, reason: &str) -> String {
+        format!("{work}: {reason}")
+    }
+}
+
+/// The group "decision", and what its report and its tests must know of it.
+pub mod decision {
+    pub const GROUP: &str = "decision";
+    /// From before KVM_CREATE_VM until the first KVM_RUN has returned, what the VMM's thread
+    /// executes: it also waits for RCU there, which takes until the next tick or the one after.
+    pub const WHOLE: &str = "KVM_CREATE_VM to first KVM_RUN, in the thread";
+    /// The ioctls among these that call a hooked function, the decision in the first of them; and
+    /// what the module adds to each.
+    pub const HOOKED: [[&str; 2]; 3] = [
+        ["first KVM_CREATE_VCPU", "added to KVM_CREATE_VCPU"],
+        ["KVM_SET_CPUID2", "added to KVM_SET_CPUID2"],
+        ["first KVM_RUN", "added to KVM_RUN"],
+    ];
+    /// What workers of the kernel execute from before a VM is made until it is gone.
+    pub const WORKERS: &str = "a VM made and ended, in workers";
+    /// What a decision does for each level of cgroups, and nothing else of it, as a call of its own.
+    pub const RESOLVE: &str = "EXITPOLICY_RESOLVE_POLICY";
+    /// The case without the module.
+    pub const ABSENT: &str = "module absent";
+    /// What the numbers in the other cases count.
+    pub const POLICIES: &str = "policies";
+    pub const DEPTH: &str = "depth";
+}
+
 /// What a TSC counts, or what else was counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -76,6 +167,10 @@ pub struct Figure {
     /// to count them costs.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub reasons: BTreeMap<String, f64>,
+    /// Those of `reasons` that the figure is about: by the instruction itself, or by who changes
+    /// the VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own: Option<f64>,
 }
 
 impl Figure {
@@ -108,6 +203,7 @@ impl Figure {
             max: values[last],
             exits: None,
             reasons: BTreeMap::new(),
+            own: None,
         })
     }
 
@@ -140,6 +236,16 @@ pub struct Absent {
     pub reason: String,
 }
 
+impl Absent {
+    pub fn new(group: &str, name: &str, reason: String) -> Self {
+        Self {
+            group: group.to_string(),
+            name: name.to_string(),
+            reason,
+        }
+    }
+}
+
 /// On what it was measured.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
@@ -153,7 +259,7 @@ pub struct Machine {
     pub vendor: String,
     /// TSC ticks in a ms, as KVM says.
     pub tsc_khz: u32,
-    /// Version and build id of kvm_exitpolicy.
+    /// Build id of kvm_exitpolicy.
     pub module: String,
 }
 

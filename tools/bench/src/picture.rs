@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Pictures, by gnuplot: some panels below each other, as SVG and PNG.
+//! Pictures, by gnuplot: some panels beside and below each other, as SVG and PNG.
 
 use std::{
     fmt::Write as _,
@@ -18,20 +18,33 @@ use anyhow::{
     Result, //
 };
 
+/// A value, and between what it spreads.
+#[derive(Clone, Copy)]
+pub struct Bar {
+    pub value: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
+impl Bar {
+    pub fn exactly(value: f64) -> Self {
+        Self {
+            value,
+            low: value,
+            high: value,
+        }
+    }
+}
+
 /// What a panel shows.
 pub enum Plot {
     /// Bars side by side: what each cluster is called, and a value for each series in it.
     Bars {
         series: Vec<String>,
-        clusters: Vec<(String, Vec<Option<f64>>)>,
+        clusters: Vec<(String, Vec<Option<Bar>>)>,
     },
-    /// Points with lines: each series with its points.
-    Lines {
-        x: String,
-        /// A logarithmic x axis that has 0, too.
-        logarithmic: bool,
-        series: Vec<(String, Vec<(f64, f64)>)>,
-    },
+    /// Points with a line through them.
+    Line { x: String, points: Vec<(f64, f64)> },
 }
 
 /// One of the panels of a picture.
@@ -42,8 +55,9 @@ pub struct Panel {
     pub plot: Plot,
 }
 
-const WIDTH: usize = 960;
-const HEIGHT: usize = 380;
+/// Of a picture with one panel beside the other, and of one with two.
+const WIDTHS: [usize; 2] = [1000, 1500];
+const HEIGHT: usize = 400;
 const COLOURS: [&str; 5] = ["#cf5b3f", "#2b8a57", "#3b6fb6", "#b08d2f", "#6f5aa8"];
 
 /// A string of gnuplot's, in which a line may end.
@@ -52,17 +66,24 @@ fn quoted(text: &str) -> String {
     format!("\"{}\"", text.replace('\n', "\\n"))
 }
 
+/// A number for people.
+fn label(value: f64) -> String {
+    if value == value.trunc() {
+        format!("{value:.0}")
+    } else if value.abs() < 10.0 {
+        format!("{value:.2}")
+    } else {
+        format!("{value:.1}")
+    }
+}
+
 impl Panel {
     fn script(&self, number: usize, script: &mut String) -> Result<()> {
         writeln!(script, "set title {} noenhanced", quoted(&self.title))?;
         writeln!(script, "set ylabel {} noenhanced", quoted(&self.y))?;
         match &self.plot {
             Plot::Bars { series, clusters } => bars(number, series, clusters, script),
-            Plot::Lines {
-                x,
-                logarithmic,
-                series,
-            } => lines(number, x, *logarithmic, series, script),
+            Plot::Line { x, points } => line(number, x, points, script),
         }
     }
 }
@@ -70,16 +91,30 @@ impl Panel {
 fn bars(
     number: usize,
     series: &[String],
-    clusters: &[(String, Vec<Option<f64>>)],
+    clusters: &[(String, Vec<Option<Bar>>)],
     script: &mut String,
 ) -> Result<()> {
+    let all = || clusters.iter().flat_map(|(_, bars)| bars).flatten();
+    // A few whole things have nothing between them.
+    let is_whole = all().all(|bar| bar.value == bar.value.trunc() && bar.high < 8.0);
+    writeln!(
+        script,
+        "set ytics nomirror {}",
+        if is_whole { "1" } else { "autofreq" }
+    )?;
     writeln!(script, "$data{number} << EOD")?;
-    for (_, values) in clusters {
-        let values = values.iter().map(|value| match value {
-            Some(value) => value.to_string(),
-            None => "NaN".to_string(),
+    for (_, bars) in clusters {
+        let columns = bars.iter().map(|bar| match bar {
+            Some(bar) => format!(
+                "{} {} {} {}",
+                bar.value,
+                bar.low,
+                bar.high,
+                label(bar.value)
+            ),
+            None => "NaN NaN NaN NaN".to_string(),
         });
-        writeln!(script, "{}", values.collect::<Vec<_>>().join(" "))?;
+        writeln!(script, "{}", columns.collect::<Vec<_>>().join(" "))?;
     }
     writeln!(script, "EOD")?;
     let labels: Vec<String> = clusters
@@ -89,15 +124,25 @@ fn bars(
         .collect();
     writeln!(
         script,
-        "unset logscale x\nunset xlabel\nset xrange [*:*]\nset xtics nomirror noenhanced ({})\n\
-         set style data histograms\nset style histogram clustered gap 1\nset style fill solid",
+        "unset xlabel\nset xrange [-0.7:{}]\nset xtics scale 0 nomirror noenhanced ({})\n\
+         set style data histograms\nset style histogram errorbars gap 1 linewidth 1\n\
+         set style fill solid 0.6\nset bars 0.4 front",
+        clusters.len() as f64 - 0.3,
         labels.join(", ")
     )?;
+    // With room for the key above the bars, where there is more than one thing to tell apart.
+    let (key, room) = match series.len() {
+        1 => ("unset key", 0.2),
+        more => ("set key", 0.15 + 0.08 * more as f64),
+    };
+    writeln!(script, "{key}\nset offsets 0, 0, graph {room}, 0")?;
     let mut plots = Vec::new();
     for (index, title) in series.iter().enumerate() {
+        let column = 4 * index + 1;
         plots.push(format!(
-            "$data{number} using {} title {} noenhanced linecolor rgb '{}'",
-            index + 1,
+            "$data{number} using {column}:{}:{} title {} noenhanced linecolor rgb '{}'",
+            column + 1,
+            column + 2,
             quoted(title),
             COLOURS[index % COLOURS.len()]
         ));
@@ -106,82 +151,52 @@ fn bars(
         // Where gnuplot puts the bar within its cluster.
         let shift =
             (index as f64 - (series.len() as f64 - 1.0) / 2.0) / (series.len() as f64 + 1.0);
-        let column = index + 1;
+        let column = 4 * index + 1;
+        // Above the bar and what it spreads to; where it is below the axis, above that.
         plots.push(format!(
-            "$data{number} using ($0 + {shift}):{column}:(sprintf(${column} < 10 && ${column} != \
-             int(${column}) ? \"%.2f\" : \"%.0f\", ${column})) with labels offset 0,0.6 \
-             font ',9' notitle"
+            "$data{number} using ($0 + {shift}):(${high} > 0 ? ${high} : 0):{text} with labels \
+             offset 0,0.6 font ',8' notitle",
+            high = column + 2,
+            text = column + 3,
         ));
     }
     writeln!(script, "plot {}", plots.join(", \\\n  "))?;
     Ok(())
 }
 
-fn lines(
-    number: usize,
-    x: &str,
-    logarithmic: bool,
-    series: &[(String, Vec<(f64, f64)>)],
-    script: &mut String,
-) -> Result<()> {
-    writeln!(script, "set xlabel {} noenhanced", quoted(x))?;
-    let mut ticks: Vec<f64> = Vec::new();
-    // 0 has no logarithm, and stands where a tenth of the least other one would.
-    let all = series.iter().flat_map(|(_, points)| points);
-    let least = all
-        .clone()
-        .map(|(x, _)| *x)
-        .filter(|x| *x > 0.0)
-        .fold(f64::INFINITY, f64::min);
-    let place = |x: f64| {
-        if logarithmic && x == 0.0 {
-            least / 10.0
+fn line(number: usize, x: &str, points: &[(f64, f64)], script: &mut String) -> Result<()> {
+    writeln!(script, "set xlabel {} noenhanced\nunset key", quoted(x))?;
+    let last = points.iter().map(|(x, _)| *x).fold(0.0, f64::max);
+    writeln!(script, "$data{number} << EOD")?;
+    // What is said of one point must not be where it is said of another one.
+    let mut said = f64::NEG_INFINITY;
+    for (x, y) in points {
+        let is_free = x - said > last / 12.0;
+        if is_free {
+            said = *x;
+        }
+        let text = if is_free {
+            label(*y)
         } else {
-            x
-        }
-    };
-    for (index, (_, points)) in series.iter().enumerate() {
-        writeln!(script, "$data{number}_{index} << EOD")?;
-        for (x, y) in points {
-            writeln!(script, "{} {y}", place(*x))?;
-            if !ticks.contains(x) {
-                ticks.push(*x);
-            }
-        }
-        writeln!(script, "EOD")?;
+            "\"\"".to_string()
+        };
+        writeln!(script, "{x} {y} {text}")?;
     }
-    let ticks: Vec<String> = ticks
-        .iter()
-        .map(|x| format!("\"{x}\" {}", place(*x)))
-        .collect();
+    writeln!(script, "EOD")?;
+    let ticks: Vec<String> = points.iter().map(|(x, _)| format!("\"{x}\" {x}")).collect();
     writeln!(
         script,
-        "{}\nset xtics nomirror ({})\nset offsets graph 0.08, graph 0.08, graph 0.5, 0",
-        if logarithmic {
-            "set logscale x"
-        } else {
-            "unset logscale x"
-        },
+        "set xrange [0:{}]\nset xtics nomirror scale 1 ({})\nset ytics nomirror autofreq\n\
+         set offsets 0, 0, graph 0.1, 0",
+        last * 1.08,
         ticks.join(", ")
     )?;
-    let plots: Vec<String> = series
-        .iter()
-        .enumerate()
-        .map(|(index, (title, points))| {
-            // Of a straight line, one value says all.
-            let is_flat = points.iter().all(|(_, y)| *y == points[0].1);
-            let first = if is_flat { points.len() - 1 } else { 0 };
-            format!(
-                "$data{number}_{index} with linespoints pointtype 7 linewidth 2 linecolor rgb '{}' \
-                 title {} noenhanced, $data{number}_{index} every ::{first} \
-                 using 1:2:(sprintf(\"%.0f\", $2)) with labels offset 0,0.8 font ',9' notitle",
-                COLOURS[index % COLOURS.len()],
-                quoted(title)
-            )
-        })
-        .collect();
-    writeln!(script, "plot {}", plots.join(", \\\n  "))?;
-    writeln!(script, "set offsets 0, 0, graph 0.3, 0")?;
+    writeln!(
+        script,
+        "plot $data{number} with linespoints pointtype 7 linewidth 2 linecolor rgb '{}' notitle, \
+         $data{number} using 1:2:3 with labels offset 0,0.8 font ',9' notitle",
+        COLOURS[0]
+    )?;
     Ok(())
 }
 
@@ -198,25 +213,42 @@ pub fn draw(directory: &Path, name: &str, title: &str, note: &str, panels: &[Pan
         ),
     ] {
         let path = directory.join(format!("{name}.{extension}"));
-        let height = HEIGHT * panels.len() + 110;
+        let columns = if panels.len() % 2 == 0 { 2 } else { 1 };
+        let rows = panels.len() / columns;
+        let (width, height) = (WIDTHS[columns - 1], HEIGHT * rows + 130);
         let terminal = terminal
-            .replace('W', &WIDTH.to_string())
+            .replace('W', &width.to_string())
             .replace('H', &height.to_string());
+        let (across, up) = (
+            |pixels: f64| pixels / width as f64,
+            |pixels: f64| pixels / height as f64,
+        );
         let mut script = String::new();
         writeln!(script, "set terminal {terminal}")?;
         writeln!(script, "set output {}", quoted(&path.display().to_string()))?;
-        writeln!(script, "set multiplot layout {},1 title {} noenhanced font ',15' offset 0,-0.3 margins screen 0.11,0.97,{},{} spacing screen 0,{}",
-            panels.len(), quoted(title), 85.0 / height as f64, 1.0 - 75.0 / height as f64, 100.0 / height as f64)?;
+        writeln!(
+            script,
+            "set multiplot layout {rows},{columns} title {} noenhanced font ',15' offset 0,-0.3 \
+             margins screen {},{},{},{} spacing screen {},{}",
+            quoted(title),
+            across(95.0),
+            across(width as f64 - 25.0),
+            up(105.0),
+            up(height as f64 - 75.0),
+            across(105.0),
+            up(125.0)
+        )?;
         writeln!(
             script,
             "set label 1 {} at screen 0.5,{} center noenhanced font ',10' textcolor rgb '#59636e'",
             quoted(note),
-            14.0 / height as f64
+            up(14.0)
         )?;
+        // From 0, but for what is less than that.
         writeln!(
             script,
-            "set yrange [0:*]\nset border 3\nset ytics nomirror\nset grid ytics linecolor rgb '#d0d7de'\n\
-             set key inside top right vertical width -1\nset format y '%.12g'\nset offsets 0, 0, graph 0.3, 0"
+            "set yrange [*<0:*]\nset border 3\nset grid ytics linecolor rgb '#d0d7de'\n\
+             set key inside top right vertical width -1\nset format y '%.12g'"
         )?;
         for (number, panel) in panels.iter().enumerate() {
             panel.script(number, &mut script)?;

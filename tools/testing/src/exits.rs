@@ -264,8 +264,8 @@ impl Window {
         Ok(window)
     }
 
-    /// Exits while `body` runs.
-    pub fn exits<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<u64> {
+    /// Exits while `body` runs, by the reason as the trace has it.
+    pub fn exits<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<BTreeMap<String, u64>> {
         let trace = self.instance.join("trace");
         fs::write(&trace, "").context("cannot clear the trace")?;
         let mut marker = OpenOptions::new()
@@ -288,9 +288,28 @@ impl Window {
                 .with_context(|| format!("no {mark} in the trace"))
         };
         let (begin, end) = (mark("begin")?, mark("end")?);
-        let lines = text.lines().take(end).skip(begin);
-        Ok(lines.filter(|line| line.contains(" kvm_exit: ")).count() as u64)
+        let mut exits = BTreeMap::new();
+        for line in text.lines().take(end).skip(begin) {
+            if let Some(reason) = reason_of(line)? {
+                *exits.entry(reason.to_string()).or_insert(0) += 1;
+            }
+        }
+        Ok(exits)
     }
+}
+
+/// The reason in a line of the trace, if that is an exit.
+fn reason_of(line: &str) -> Result<Option<&str>> {
+    let Some((_, exit)) = line.split_once(" kvm_exit: ") else {
+        return Ok(None);
+    };
+    let mut words = exit.split_whitespace();
+    let reason = words
+        .find(|word| *word == "reason")
+        .and_then(|_| words.next());
+    Ok(Some(
+        reason.with_context(|| format!("no reason in '{line}'"))?,
+    ))
 }
 
 impl Drop for Window {
@@ -461,6 +480,15 @@ mod tests {
         assert_eq!(window.of(Vendor::Svm, Payload::Hlt), [4]);
         assert_eq!(window.of(Vendor::Svm, Payload::Mwait), [0, 1]);
         assert_eq!((window.total(), window.of_host(Vendor::Svm)), (5, 0));
+    }
+
+    #[test]
+    fn reasons_in_a_trace() {
+        let exit = " vcpu-7 [001] d.... 5.0: kvm_exit: vcpu 0 reason EXTERNAL_INTERRUPT rip 0x10 info1 0x0";
+        let entry = " vcpu-7 [001] d.... 5.1: kvm_entry: vcpu 0, rip 0x10";
+        assert_eq!(reason_of(exit).expect("one"), Some("EXTERNAL_INTERRUPT"));
+        assert_eq!(reason_of(entry).expect("none"), None);
+        assert!(reason_of(" kvm_exit: vcpu 0").is_err());
     }
 
     #[test]

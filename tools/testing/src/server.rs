@@ -304,7 +304,10 @@ impl Server {
                 Ok(Answer::Done)
             }
             Request::Prepare { vcpu, work } => {
-                self.with_vcpu(vcpu, move |vcpu| vcpu.prepare(work))?;
+                self.with_vcpu(vcpu, move |vcpu| {
+                    vcpu.keep_fresh()?;
+                    vcpu.prepare(work)
+                })?;
                 Ok(Answer::Done)
             }
             Request::PrepareTimed { vcpu, work, peer } => {
@@ -396,7 +399,10 @@ impl Server {
 
     /// When it returns, the guest is prepared, so that its gate may be opened.
     fn start(&mut self, number: usize, work: Work) -> Result<()> {
-        self.with_vcpu(number, move |vcpu| vcpu.prepare(work))?;
+        self.with_vcpu(number, move |vcpu| {
+            vcpu.keep_fresh()?;
+            vcpu.prepare(work)
+        })?;
         self.go_on(number)
     }
 

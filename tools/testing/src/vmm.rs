@@ -540,7 +540,7 @@ impl Vm {
     }
 
     /// The table for KVM_SET_CPUID2.
-    fn cpuid(&self) -> CpuId {
+    pub fn cpuid(&self) -> CpuId {
         let mut cpuid = self.cpuid.clone();
         if !self.pv_unhalt.load(Ordering::Acquire) {
             for entry in cpuid.as_mut_slice() {
@@ -591,6 +591,7 @@ impl Vm {
             fd,
             index,
             vm: self.clone(),
+            has_cpuid: false,
             ready: false,
             fresh: None,
         })
@@ -614,8 +615,9 @@ pub struct Vcpu {
     fd: VcpuFd,
     index: usize,
     vm: Arc<Vm>,
+    has_cpuid: bool,
     ready: bool,
-    /// As KVM_CREATE_VCPU left it, once it was set up.
+    /// As KVM_CREATE_VCPU left it, see [`Vcpu::keep_fresh`].
     fresh: Option<State>,
 }
 
@@ -815,9 +817,9 @@ impl Vcpu {
                 self.fd.set_vcpu_events(&events).map_err(from_kvm)?;
             }
             Action::Reset => {
-                let fresh = self.fresh.clone().context("the vCPU was never set up")?;
+                let fresh = self.fresh.clone().context("the vCPU was never fresh")?;
                 self.put(&fresh)?;
-                self.ready = false;
+                (self.has_cpuid, self.ready) = (false, false);
             }
             Action::InitAndSipi => {
                 let mut events = self.fd.get_vcpu_events()?;
@@ -897,6 +899,9 @@ impl Vcpu {
     }
 
     fn set_up_once(&mut self) -> Result<()> {
+        if !self.has_cpuid {
+            self.set_cpuid(&self.vm.cpuid())?;
+        }
         if !self.ready {
             self.set_up().context("cannot set up the vCPU")?;
             self.ready = true;
@@ -942,14 +947,23 @@ impl Vcpu {
         }
     }
 
-    /// CPUID and long mode.
-    fn set_up(&mut self) -> Result<()> {
+    /// Remembers what KVM_CREATE_VCPU has left, for [`Action::Reset`], unless that was done before.
+    pub fn keep_fresh(&mut self) -> Result<()> {
         if self.fresh.is_none() && self.vm.irqchip != Irqchip::None {
             self.fresh = Some(self.save()?);
         }
-        self.fd
-            .set_cpuid2(&self.vm.cpuid())
-            .context("KVM_SET_CPUID2")?;
+        Ok(())
+    }
+
+    /// KVM_SET_CPUID2 and nothing else, in place of the one of who prepares the vCPU.
+    pub fn set_cpuid(&mut self, cpuid: &CpuId) -> Result<()> {
+        self.fd.set_cpuid2(cpuid).context("KVM_SET_CPUID2")?;
+        self.has_cpuid = true;
+        Ok(())
+    }
+
+    /// Long mode.
+    fn set_up(&mut self) -> Result<()> {
         let segment = |selector: u16, type_: u8, long: bool| kvm_segment {
             base: 0,
             limit: u32::MAX,

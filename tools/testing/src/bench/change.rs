@@ -3,6 +3,8 @@
 //! What it costs to change a VM that runs: from the call until the last vCPU has it, or has it
 //! before it executes anything, and the exits that this takes.
 
+use std::collections::BTreeMap;
+
 use anyhow::{
     ensure,
     Context,
@@ -10,6 +12,13 @@ use anyhow::{
 };
 use exitpolicy_policy::Exits;
 use figures::{
+    change::{
+        exits,
+        BLOCKED,
+        GROUP,
+        NATIVE,
+        RUNNING, //
+    },
     Figure,
     Unit, //
 };
@@ -48,8 +57,6 @@ use crate::{
     }, //
 };
 
-pub const GROUP: &str = "change";
-
 /// Where the vCPUs are when they are changed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -66,9 +73,9 @@ impl State {
 
     fn name(self) -> &'static str {
         match self {
-            Self::Running => "hlt given to vCPUs that run",
-            Self::HaltedNatively => "hlt taken from vCPUs that halt natively",
-            Self::Blocked => "hlt given to vCPUs that are blocked",
+            Self::Running => RUNNING,
+            Self::HaltedNatively => NATIVE,
+            Self::Blocked => BLOCKED,
         }
     }
 
@@ -194,12 +201,19 @@ impl Rig {
     }
 }
 
+/// Whether an exit is for an interrupt of the host's, as the one is that makes a vCPU leave the
+/// guest, and not for what the guest does.
+fn is_of_host(reason: &str) -> bool {
+    // As the trace calls it on VMX, and on SVM.
+    ["EXTERNAL_INTERRUPT", "interrupt"].contains(&reason)
+}
+
 /// The change of one VM in one state, again and again.
 fn figures(state: State, vcpus: usize, count: u32) -> Result<Vec<Figure>> {
     let cgroup = Cgroup::new("bench-change")?;
     ioctl::set_policy(&cgroup, state.before(), Exits::ALL)?;
     let mut rig = Rig::new(&cgroup, state, vcpus)?;
-    let (mut took, mut exits) = (Vec::new(), Vec::new());
+    let mut took = Vec::new();
     let mut number = 0;
     // The first one fills caches.
     for round in 0..=count {
@@ -213,18 +227,30 @@ fn figures(state: State, vcpus: usize, count: u32) -> Result<Vec<Figure>> {
     // To count costs, so nothing is measured meanwhile.
     let tids: Vec<i32> = rig.vcpus.iter().map(|vcpu| vcpu.tid).collect();
     let window = Window::of(&tids)?;
+    let (mut all, mut kicks) = (Vec::new(), Vec::new());
+    let mut reasons = BTreeMap::new();
     for _ in 0..count {
-        exits.push(window.exits(|| rig.change())?.try_into()?);
+        let exits = window.exits(|| rig.change())?;
+        all.push(exits.values().sum::<u64>().try_into()?);
+        let of_host = exits.iter().filter(|(reason, _)| is_of_host(reason));
+        kicks.push(of_host.map(|(_, count)| *count as i64).sum());
+        for (reason, exits) in exits {
+            *reasons.entry(reason).or_insert(0.0) += exits as f64 / f64::from(count);
+        }
         number += 1;
         rig.change_back(number)?;
     }
     drop(window);
-    let case = format!("{vcpus} vCPUs");
-    let name = format!("{}: exits", state.name());
-    Ok(vec![
-        Figure::new(GROUP, state.name(), &case, unit()?, took)?.at(vcpus as u64),
-        Figure::new(GROUP, &name, &case, Unit::Exits, exits)?.at(vcpus as u64),
-    ])
+    let case = match vcpus {
+        1 => "1 vCPU".to_string(),
+        more => format!("{more} vCPUs"),
+    };
+    let kicks = Figure::new(GROUP, "", "", Unit::Exits, kicks)?.median;
+    let took = Figure::new(GROUP, state.name(), &case, unit()?, took)?;
+    let mut exits = Figure::new(GROUP, &exits(state.name()), &case, Unit::Exits, all)?;
+    exits.reasons = reasons;
+    exits.own = Some(kicks as f64);
+    Ok(vec![took.at(vcpus as u64), exits.at(vcpus as u64)])
 }
 
 /// VMs of so many vCPUs, in every state, `count` changes each.

@@ -16,7 +16,19 @@ use anyhow::{
     Result, //
 };
 use exitpolicy_policy::Exits;
-use figures::Figure;
+use figures::{
+    decision::{
+        ABSENT,
+        DEPTH,
+        GROUP,
+        HOOKED,
+        POLICIES,
+        RESOLVE,
+        WHOLE,
+        WORKERS, //
+    },
+    Figure, //
+};
 use nix::time::{
     clock_gettime,
     ClockId, //
@@ -56,21 +68,6 @@ use crate::{
     }, //
 };
 
-pub const GROUP: &str = "decision";
-/// From before KVM_CREATE_VM until the first KVM_RUN has returned, what the VMM's thread executes:
-/// it also waits for RCU there, which takes until the next tick or the one after.
-pub const WHOLE: &str = "KVM_CREATE_VM to first KVM_RUN, in the thread";
-/// The one ioctl in which the decision is made, what the VMM's thread executes.
-pub const VCPU: &str = "first KVM_CREATE_VCPU, in the thread";
-
-/// What a decision adds to that ioctl.
-pub const DECISION: &str = "the decision in it";
-/// What workers of the kernel execute from before a VM is made until it is gone.
-pub const WORKERS: &str = "a VM made and ended, in workers";
-
-/// What a decision does for each level of cgroups, and nothing else of it, as a call of its own.
-pub const RESOLVE: &str = "EXITPOLICY_RESOLVE_POLICY";
-
 /// This process in another cgroup for as long as the value lives.
 struct Here<'a>(&'a Cgroup);
 
@@ -93,7 +90,7 @@ impl Drop for Here<'_> {
 /// What it took to create a VM.
 struct Creation {
     whole: i64,
-    vcpu: i64,
+    hooked: [i64; HOOKED.len()],
     /// From before it was made until it was gone.
     workers: i64,
 }
@@ -123,6 +120,18 @@ fn wait_for_tick(khz: u32) -> Result<()> {
     bail!("no tick in a second: choose CPUs that are not nohz_full (taskset)");
 }
 
+/// Lets the worker, which begins with a tick, and RCU after it do what there is to do, so that
+/// nobody takes the CPU from what comes next.
+fn settle(khz: u32) -> Result<()> {
+    for _ in 0..8 {
+        pause();
+    }
+    wait_for_tick(khz)
+}
+
+/// What is done before an operation that is measured.
+type Wait = fn(u32) -> Result<()>;
+
 /// Ticks of the TSC that the kernel's workers have had CPUs.
 fn workers_tsc(khz: u32) -> Result<i64> {
     let mut ns = 0;
@@ -144,29 +153,43 @@ fn workers_tsc(khz: u32) -> Result<i64> {
 
 /// Creates a VM that has the memory of `template`, so that nothing but KVM is measured.
 fn create(template: &Vm, khz: u32) -> Result<Creation> {
+    settle(khz)?;
     let idle = workers_tsc(khz)?;
-    let start = own_tsc(khz)?;
-    let vm = Arc::new(template.twin()?);
-    let made = own_tsc(khz)?;
-    wait_for_tick(khz)?;
-    let before = own_tsc(khz)?;
-    let mut vcpu = vm.create_vcpu(0).context("KVM_CREATE_VCPU")?;
-    let after = own_tsc(khz)?;
-    vcpu.prepare(Work::new(Payload::Nothing, 0))?;
-    vcpu.enter()?;
-    let end = own_tsc(khz)?;
+    let mut whole = 0;
+    let mut timed = |wait: Wait, operation: &mut dyn FnMut() -> Result<()>| -> Result<i64> {
+        wait(khz)?;
+        let before = own_tsc(khz)?;
+        operation()?;
+        let took = own_tsc(khz)? - before;
+        whole += took;
+        Ok(took)
+    };
+    let mut vm = None;
+    timed(settle, &mut || {
+        vm = Some(Arc::new(template.twin()?));
+        Ok(())
+    })?;
+    let vm = vm.context("no VM")?;
+    let cpuid = vm.cpuid();
+    let mut vcpu = None;
+    // A moment later the allocator would have given back what it has at hand, and some of these
+    // would begin with getting it again, which is more than half as much as all the rest.
+    let created = timed(wait_for_tick, &mut || {
+        vcpu = Some(vm.create_vcpu(0).context("KVM_CREATE_VCPU")?);
+        Ok(())
+    })?;
+    let mut vcpu = vcpu.context("no vCPU")?;
+    let told = timed(settle, &mut || vcpu.set_cpuid(&cpuid))?;
+    timed(settle, &mut || vcpu.prepare(Work::new(Payload::Nothing, 0)))?;
+    let run = timed(settle, &mut || vcpu.enter())?;
     drop((vcpu, vm));
-    // What is left to do for the VM is done before the next one: also by the worker, which begins
-    // with the next tick, and by RCU after it.
-    for _ in 0..8 {
-        pause();
-    }
+    settle(khz)?;
     if is_loaded(EXITPOLICY)? {
         interface::ensure_no_vms()?;
     }
     Ok(Creation {
-        whole: made - start + end - before,
-        vcpu: after - before,
+        whole,
+        hooked: [created, told, run],
         workers: workers_tsc(khz)? - idle,
     })
 }
@@ -183,31 +206,42 @@ fn figures(cgroup: &Cgroup, case: &str, at: Option<u64>, count: usize) -> Result
         .collect();
     drop(here);
     let created = created.with_context(|| case.to_string())?;
-    let figure = |name, value: fn(&Creation) -> i64| -> Result<Figure> {
+    let figure = |name, value: &dyn Fn(&Creation) -> i64| -> Result<Figure> {
         let values = created.iter().skip(WARM_UP).map(value).collect();
         let mut figure = Figure::new(GROUP, name, case, unit()?, values)?;
         figure.at = at;
         Ok(figure)
     };
-    Ok(vec![
-        figure(WHOLE, |creation| creation.whole)?,
-        figure(VCPU, |creation| creation.vcpu)?,
-        figure(WORKERS, |creation| creation.workers)?,
-    ])
+    let mut all = vec![
+        figure(WHOLE, &|creation| creation.whole)?,
+        figure(WORKERS, &|creation| creation.workers)?,
+    ];
+    for (index, [name, _]) in HOOKED.iter().enumerate() {
+        all.push(figure(name, &|creation| creation.hooked[index])?);
+    }
+    Ok(all)
 }
 
-/// What is left of a figure without what the same takes without the module.
-fn beyond(absent: &Figure, loaded: &Figure) -> Figure {
-    let without = absent.median;
-    Figure {
-        name: DECISION.to_string(),
-        min: loaded.min - without,
-        low: loaded.low - without,
-        median: loaded.median - without,
-        high: loaded.high - without,
-        max: loaded.max - without,
-        ..loaded.clone()
-    }
+/// What the module adds to each of the ioctls that are hooked. Both may be anywhere in what they
+/// spread over, and so may the difference.
+fn added(absent: &[Figure], loaded: &[Figure]) -> Result<Vec<Figure>> {
+    let added = HOOKED.iter().map(|[name, added]| {
+        let of = |figures: &[Figure]| {
+            let mut figures = figures.iter();
+            figures.find(|figure| figure.name == *name).cloned()
+        };
+        let (absent, loaded) = of(absent).zip(of(loaded)).context(*name)?;
+        Ok(Figure {
+            name: added.to_string(),
+            min: loaded.min - absent.max,
+            low: loaded.low - absent.high,
+            median: loaded.median - absent.median,
+            high: loaded.high - absent.low,
+            max: loaded.max - absent.min,
+            ..loaded
+        })
+    });
+    added.collect()
 }
 
 /// Without the module, and for so many policies, of which one is the VM's; each of `count` VMs.
@@ -215,11 +249,9 @@ pub fn by_policies(count: usize, policies: &[usize]) -> Result<Vec<Figure>> {
     let mut all = Vec::new();
     let cgroup = Cgroup::new("bench-decision")?;
     let unloaded = Unloaded::new()?;
-    let absent = figures(&cgroup, "absent", None, count)?;
+    let absent = figures(&cgroup, ABSENT, None, count)?;
     drop(unloaded);
-    let is_vcpu = |figure: &&Figure| figure.name == VCPU;
-    let vcpu = absent.iter().find(is_vcpu).cloned().context(VCPU)?;
-    all.extend(absent);
+    all.extend(absent.iter().cloned());
     modules::load_both()?;
     interface::ensure_empty()?;
     let mut many: Option<Policies> = None;
@@ -234,15 +266,9 @@ pub fn by_policies(count: usize, policies: &[usize]) -> Result<Vec<Figure>> {
             // Last, so that it is not the first one that is found.
             ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
         }
-        let case = format!("{policies} policies");
+        let case = format!("{policies} {POLICIES}");
         let loaded = figures(&cgroup, &case, Some(*policies as u64), count)?;
-        let decision: Vec<_> = loaded.iter().filter(is_vcpu).collect();
-        all.extend(
-            decision
-                .into_iter()
-                .map(|loaded| beyond(&vcpu, loaded))
-                .collect::<Vec<_>>(),
-        );
+        all.extend(added(&absent, &loaded)?);
         all.extend(loaded);
         if *policies > 0 {
             ioctl::clear_policy(&cgroup)?;
@@ -252,8 +278,8 @@ pub fn by_policies(count: usize, policies: &[usize]) -> Result<Vec<Figure>> {
 }
 
 /// For cgroups at these depths below the root, with a policy on each level: of a call that looks
-/// policies up. What the allocators need for a VM goes up and down by more than that, and a deep
-/// cgroup costs its VMM more without the module, too.
+/// policies up. What the allocators need for a VM in a deep cgroup goes up and down by far more than
+/// that, with the module and without it.
 pub fn by_depth(count: usize, depths: &[usize]) -> Result<Vec<Figure>> {
     ensure!(!depths.contains(&0), "depths must be 1 or more");
     let mut chain: Vec<Cgroup> = Vec::new();
@@ -279,7 +305,7 @@ pub fn by_depth(count: usize, depths: &[usize]) -> Result<Vec<Figure>> {
             device.policy(uapi::RESOLVE_POLICY, argument)?;
             values.push(tsc() - before);
         }
-        let mut figure = Figure::new(GROUP, RESOLVE, &format!("depth {depth}"), unit()?, values)?;
+        let mut figure = Figure::new(GROUP, RESOLVE, &format!("{DEPTH} {depth}"), unit()?, values)?;
         figure.at = Some(*depth as u64);
         all.push(figure);
     }

@@ -8,13 +8,18 @@ use anyhow::{
 };
 use exitpolicy_policy::Exits;
 use figures::{
+    gain::{
+        GROUP,
+        PASSED,
+        TRAPPED, //
+    },
     Absent,
     Figure, //
 };
 
 use super::{
     ensure_comparable_tscs,
-    is_for_this_host,
+    why_not_here,
     Rig, //
 };
 use crate::{
@@ -27,7 +32,6 @@ use crate::{
     uapi::Device, //
 };
 
-pub const GROUP: &str = "gain";
 const MSR_CORE_C6_RESIDENCY: u32 = 0x3fd;
 const MSR_IA32_APERF: u32 = 0xe8;
 
@@ -36,6 +40,20 @@ struct Case {
     name: &'static str,
     exit: Exits,
     works: Vec<Work>,
+}
+
+impl Case {
+    /// The reasons that exits by the instruction itself have, and not those that arm a timer or end
+    /// an interrupt.
+    fn reasons(&self) -> &'static [&'static str] {
+        match self.exit {
+            Exits::HLT => &["HLT"],
+            Exits::MWAIT => &["MONITOR", "MWAIT"],
+            Exits::PAUSE => &["PAUSE"],
+            // SVM has one for reads and writes.
+            _ => &["RDMSR", "MSR"],
+        }
+    }
 }
 
 fn cases(count: u32) -> Vec<Case> {
@@ -64,7 +82,7 @@ fn cases(count: u32) -> Vec<Case> {
             works: two(Operation::SendStore, Operation::WaitMwait),
         },
         Case {
-            name: "spin lock handed over, PAUSE",
+            name: "spin lock: release to the waiter, who loops with PAUSE",
             exit: Exits::PAUSE,
             works: two(Operation::SendStore, Operation::WaitPause),
         },
@@ -87,21 +105,21 @@ pub fn measure(count: u32) -> Result<(Vec<Figure>, Vec<Absent>)> {
     let info = Device::open()?.info()?;
     let possible = Exits::from_bits_truncate(info.supported & !info.floor);
     let (mut figures, mut absent) = (Vec::new(), Vec::new());
-    for Case { name, exit, works } in cases(count) {
-        if !is_for_this_host(works.len())? {
-            continue;
-        }
-        if !possible.contains(exit) {
-            absent.push(Absent {
-                group: GROUP.to_string(),
-                name: name.to_string(),
-                reason: format!("{exit} cannot be changed on this host"),
-            });
+    for case in cases(count) {
+        let (own, Case { name, exit, works }) = (case.reasons(), case);
+        let why_not = match why_not_here(works.len())? {
+            None if !possible.contains(exit) => {
+                Some(format!("{exit} cannot be changed on this host"))
+            }
+            why => why,
+        };
+        if let Some(reason) = why_not {
+            absent.push(Absent::new(GROUP, name, reason));
             continue;
         }
         let mut pair = Vec::new();
-        let mut faults = false;
-        for (case, disable) in [("trapped", Exits::NONE), ("native", exit)] {
+        let mut what_else = "";
+        for (case, disable) in [(TRAPPED, Exits::NONE), (PASSED, exit)] {
             let cgroup = Cgroup::new("bench-gain")?;
             ioctl::set_policy(&cgroup, disable, Exits::ALL)?;
             let mut rig = Rig::new(&cgroup, works.len())?;
@@ -110,17 +128,22 @@ pub fn measure(count: u32) -> Result<(Vec<Figure>, Vec<Absent>)> {
                 .measure(&works)
                 .with_context(what)?
                 .figure(GROUP, name, case)?;
-            // Trapped, it may be KVM that knows nothing of the MSR.
-            if disable == exit && rig.faults() > 0 {
-                faults = true;
+            if rig.faults() > 0 {
+                // Trapped, it is KVM that knows nothing of the MSR.
+                what_else = match disable == exit {
+                    false => "; trapped, #GP and its handler, too",
+                    true => " that this CPU lacks: #GP and its handler",
+                };
             }
-            figure.reasons = rig.reasons(&works).with_context(what)?;
+            let reasons = rig.reasons(&works).with_context(what)?;
+            let own = own.iter().filter_map(|reason| reasons.get(*reason));
+            // A sum of none would be -0.
+            figure.own = Some(own.fold(0.0, |sum, count| sum + count));
+            figure.reasons = reasons;
             pair.push(figure);
         }
         for figure in &mut pair {
-            if faults {
-                figure.name = format!("{name} that this CPU lacks: #GP");
-            }
+            figure.name += what_else;
         }
         figures.extend(pair);
     }

@@ -3,9 +3,11 @@
 //! What a Linux guest exits for while it works, and while it does not: an unmodified QEMU, and
 //! programs that others have written.
 //!
-//! Exits are counted, and no time is taken: each work is a fixed amount of it.
+//! Exits are counted, and no time is taken: each work is a fixed amount of it, and the idle second
+//! is one of the guest's clock, so that its exits are exits per second.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{
         BufRead,
@@ -30,15 +32,35 @@ use anyhow::{
 };
 use exitpolicy_policy::Exits;
 use figures::{
+    guest::{
+        by_reason,
+        ALL,
+        GROUP,
+        HLT,
+        KICKS,
+        LOCKS,
+        NO_PV,
+        REASON_HLT,
+        TRAPPED, //
+    },
     Figure,
     Unit, //
 };
+use nix::{
+    sched::{
+        sched_setaffinity,
+        CpuSet, //
+    },
+    unistd::Pid, //
+};
 
+use super::cpus;
 use crate::{
     cgroup::Cgroup,
     exits::{
         Counter,
         Counts,
+        Histogram,
         Vendor, //
     },
     interface::{
@@ -47,27 +69,40 @@ use crate::{
     }, //
 };
 
-pub const GROUP: &str = "guest";
-
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// Where `tools/bench/run` puts it.
 const IMAGE: &str = "/usr/local/share/exitpolicy/bench-guest.img";
 
-/// What the guest does (`tools/lab/host/bench-init`), what that is, and by how many vCPUs: waiting
-/// for a lock means something where its holder can be without a CPU.
+/// What the guest does (`tools/lab/host/bench-init`), what that is, and by how many vCPUs. Two have
+/// CPUs of their own, as far as there are any; four share one: who waits for a lock waits long where
+/// its holder is without a CPU.
 const WORKS: [(&str, &str, usize); 3] = [
     ("messages", "16,000 messages through pipes, 2 vCPUs", 2),
     ("idle", "an idle second, 2 vCPUs", 2),
-    ("locks", "2,000 operations on semaphores, 4 vCPUs", 4),
+    ("locks", LOCKS, 4),
 ];
 
 /// A way to run the guest: what it is called, QEMU's -cpu, and what a policy gives.
 const CASES: [(&str, &str, Option<Exits>); 4] = [
-    ("trapped", "host", None),
-    ("trapped, no pvspinlock", "host,-kvm-pv-unhalt", None),
-    ("hlt passed through", "host", Some(Exits::HLT)),
-    ("all passed through", "host", Some(Exits::ALL)),
+    (TRAPPED, "host", None),
+    (NO_PV, "host,-kvm-pv-unhalt", None),
+    (HLT, "host", Some(Exits::HLT)),
+    (ALL, "host", Some(Exits::ALL)),
 ];
+
+/// The reasons that have figures of their own: what may be passed through, what comes instead, and
+/// what sends IPIs and arms timers.
+const REASONS: [&str; 3] = [REASON_HLT, "interrupt", "MSR"];
+
+/// The hypercall of who releases a lock, of include/uapi/linux/kvm_para.h.
+const KVM_HC_KICK_CPU: u64 = 5;
+
+/// What a work took.
+struct Run {
+    exits: Counts,
+    /// Hypercalls that wake who has halted for a lock.
+    kicks: u64,
+}
 
 /// All works in all cases, each `repeats` times in one guest.
 pub fn measure(repeats: usize) -> Result<Vec<Figure>> {
@@ -84,8 +119,12 @@ pub fn measure(repeats: usize) -> Result<Vec<Figure>> {
                     .map(|_| guest.work(work))
                     .collect::<Result<Vec<_>>>()
                     .with_context(|| format!("{case}: {work}"))?;
-                eprintln!("exitpolicy-bench: {case}: {work}: {runs:?}");
-                figures.push(figure(name, case, runs)?);
+                let exits: Vec<_> = runs
+                    .iter()
+                    .map(|run| (run.exits.total(), run.kicks))
+                    .collect();
+                eprintln!("exitpolicy-bench: {case}: {work}: {exits:?} exits and kicks");
+                figures.extend(of_runs(name, case, &runs)?);
             }
             guest.end()?;
             interface::ensure_no_vms()?;
@@ -94,18 +133,39 @@ pub fn measure(repeats: usize) -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
-/// All exits, and by reason those of the run that is in the middle.
-fn figure(name: &str, case: &str, mut runs: Vec<Counts>) -> Result<Figure> {
-    runs.sort_by_key(Counts::total);
-    let values = runs.iter().map(|run| run.total() as i64).collect();
-    let mut figure = Figure::new(GROUP, name, case, Unit::Exits, values)?;
+/// All exits, with the median for each reason, and those for some reasons.
+fn of_runs(name: &str, case: &str, runs: &[Run]) -> Result<Vec<Figure>> {
     let vendor = Vendor::of_host()?;
-    let middle = runs[(runs.len() - 1) / 2].by_name(vendor);
-    figure.reasons = middle
-        .into_iter()
-        .map(|(reason, count)| (reason, count as f64))
-        .collect();
-    Ok(figure)
+    let figure = |name: &str, values: Vec<i64>| Figure::new(GROUP, name, case, Unit::Exits, values);
+    let by_name: Vec<_> = runs.iter().map(|run| run.exits.by_name(vendor)).collect();
+    let of_reason = |reason: &str| {
+        let counts = by_name
+            .iter()
+            .map(|run| run.get(reason).copied().unwrap_or(0) as i64);
+        figure(&by_reason(name, reason), counts.collect())
+    };
+    let totals = runs.iter().map(|run| run.exits.total() as i64).collect();
+    let kicks = runs.iter().map(|run| run.kicks as i64).collect();
+    let mut all = vec![figure(name, totals)?];
+    for reason in by_name.iter().flat_map(BTreeMap::keys) {
+        let median = of_reason(reason)?.median as f64;
+        all[0].reasons.insert(reason.clone(), median);
+    }
+    for reason in REASONS {
+        all.push(of_reason(reason)?);
+    }
+    all.push(figure(&by_reason(name, KICKS), kicks)?);
+    Ok(all)
+}
+
+/// Keeps threads on the host's last CPU.
+fn pin(tids: &[i32]) -> Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpus()? - 1)?;
+    for tid in tids {
+        sched_setaffinity(Pid::from_raw(*tid), &set)?;
+    }
+    Ok(())
 }
 
 /// QEMU with a guest that does as it is told, and dies with the value.
@@ -115,6 +175,7 @@ struct Guest {
     console: BufReader<ChildStdout>,
     seen: String,
     counter: Counter,
+    hypercalls: Histogram,
 }
 
 impl Guest {
@@ -143,14 +204,27 @@ impl Guest {
         let mut console = BufReader::new(qemu.stdout.take().context("no pipe")?);
         let mut seen = String::new();
         let ready = wait_for(&mut console, &mut seen, "guest: ready");
-        let counter = ready.and_then(|()| Counter::of_all(&vcpu_threads(qemu.id(), vcpus)?));
-        match counter {
-            Ok(counter) => Ok(Self {
+        let counters = ready.and_then(|()| {
+            let tids = vcpu_threads(qemu.id(), vcpus)?;
+            if vcpus > 2 {
+                pin(&tids)?;
+            }
+            let mine: Vec<String> = tids
+                .iter()
+                .map(|tid| format!("common_pid=={tid}"))
+                .collect();
+            let hypercalls =
+                Histogram::start("kvm/kvm_hypercall", &["common_pid", "nr"], &mine.join("||"))?;
+            Ok((Counter::of_all(&tids)?, hypercalls))
+        });
+        match counters {
+            Ok((counter, hypercalls)) => Ok(Self {
                 qemu,
                 orders,
                 console,
                 seen,
                 counter,
+                hypercalls,
             }),
             Err(error) => {
                 qemu.kill()?;
@@ -165,13 +239,25 @@ impl Guest {
         Ok(Counts::sum(&self.counter.read()?))
     }
 
+    /// All kicks so far.
+    fn kicks(&self) -> Result<u64> {
+        let hypercalls = self.hypercalls.read()?;
+        let kicks = hypercalls
+            .iter()
+            .filter(|(keys, _)| keys[1] == KVM_HC_KICK_CPU);
+        Ok(kicks.map(|(_, count)| count).sum())
+    }
+
     /// What a work costs in exits, with the few for being told of it.
-    fn work(&mut self, name: &str) -> Result<Counts> {
-        let before = self.exits()?;
+    fn work(&mut self, name: &str) -> Result<Run> {
+        let (before, kicks) = (self.exits()?, self.kicks()?);
         writeln!(self.orders, "{name}")?;
         let done = format!("guest: done {name}");
         wait_for(&mut self.console, &mut self.seen, &done)?;
-        Ok(before.until(&self.exits()?))
+        Ok(Run {
+            exits: before.until(&self.exits()?),
+            kicks: self.kicks()? - kicks,
+        })
     }
 
     fn end(mut self) -> Result<()> {

@@ -7,11 +7,22 @@ use anyhow::{
     Context,
     Result, //
 };
-use figures::Figure;
+use figures::{
+    idle::{
+        ABSENT,
+        BOTH_HALT,
+        BOTH_RUN,
+        CPUID,
+        GROUP,
+        SELF_IPI, //
+    },
+    Absent,
+    Figure, //
+};
 
 use super::{
     ensure_comparable_tscs,
-    is_for_this_host,
+    why_not_here,
     Policies,
     Rig, //
 };
@@ -28,20 +39,15 @@ use crate::{
     }, //
 };
 
-pub const GROUP: &str = "idle";
-
 /// What is measured in one state of the host.
 fn figures(case: &str, count: u32) -> Result<Vec<Figure>> {
     let cgroup = Cgroup::new("bench-idle")?;
     let one = |operation| [Work::new(operation, count)];
     let two = |first, second| [Work::new(first, count), Work::new(second, count)];
     let mut figures = Vec::new();
-    if is_for_this_host(1)? {
+    if why_not_here(1)?.is_none() {
         let mut rig = Rig::new(&cgroup, 1)?;
-        for (name, operation) in [
-            ("CPUID", Operation::Cpuid),
-            ("IPI to itself", Operation::SelfIpi),
-        ] {
+        for (name, operation) in [(CPUID, Operation::Cpuid), (SELF_IPI, Operation::SelfIpi)] {
             let measured = rig.measure(&one(operation)).context(name)?;
             figures.push(measured.figure(GROUP, name, case)?);
         }
@@ -52,26 +58,34 @@ fn figures(case: &str, count: u32) -> Result<Vec<Figure>> {
         );
     }
     let mut rig = Rig::new(&cgroup, 2)?;
-    let name = "IPI round trip, both halt";
     let works = two(Operation::PingHlt, Operation::PongHlt);
-    let measured = rig.measure(&works).context(name)?;
-    figures.push(measured.figure(GROUP, name, case)?);
+    let measured = rig.measure(&works).context(BOTH_HALT)?;
+    figures.push(measured.figure(GROUP, BOTH_HALT, case)?);
     // On one CPU, who spins keeps the other one from answering.
-    if is_for_this_host(2)? {
+    if why_not_here(2)?.is_none() {
         ensure_comparable_tscs()?;
-        let name = "IPI round trip, both run";
         let works = two(Operation::PingSpin, Operation::PongSpin);
-        let measured = rig.measure(&works).context(name)?;
-        figures.push(measured.figure(GROUP, name, case)?);
+        let measured = rig.measure(&works).context(BOTH_RUN)?;
+        figures.push(measured.figure(GROUP, BOTH_RUN, case)?);
     }
     Ok(figures)
 }
 
+/// What is not measured on this host.
+fn absent() -> Result<Vec<Absent>> {
+    let mut absent = Vec::new();
+    for (name, vcpus) in [(CPUID, 1), (SELF_IPI, 1), (BOTH_RUN, 2)] {
+        let why = why_not_here(vcpus)?.into_iter();
+        absent.extend(why.map(|reason| Absent::new(GROUP, name, reason)));
+    }
+    Ok(absent)
+}
+
 /// With the module absent, loaded, and loaded with `policies` policies.
-pub fn measure(count: u32, policies: usize) -> Result<Vec<Figure>> {
+pub fn measure(count: u32, policies: usize) -> Result<(Vec<Figure>, Vec<Absent>)> {
     let mut all = Vec::new();
     let unloaded = Unloaded::new()?;
-    all.extend(figures("absent", count).context("without the module")?);
+    all.extend(figures(ABSENT, count).context("without the module")?);
     drop(unloaded);
     modules::load_both()?;
     interface::ensure_empty()?;
@@ -81,5 +95,5 @@ pub fn measure(count: u32, policies: usize) -> Result<Vec<Figure>> {
     let with = figures(&case, count).with_context(|| case.clone())?;
     all.extend(with.into_iter().map(|figure| figure.at(policies as u64)));
     drop(many);
-    Ok(all)
+    Ok((all, absent()?))
 }

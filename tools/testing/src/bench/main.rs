@@ -14,6 +14,11 @@ use clap::{
     ValueEnum, //
 };
 use figures::{
+    decision::{
+        GROUP,
+        POLICIES, //
+    },
+    Absent,
     Document,
     SCHEMA, //
 };
@@ -66,7 +71,7 @@ struct Options {
     #[arg(long, default_value = "this")]
     host: String,
     /// Name and version of the emulator, where the host is an emulated one
-    #[arg(long, default_value = "unknown")]
+    #[arg(long, default_value = "unknown", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     emulator: String,
     /// How often each operation of a guest is measured
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(32..=8192))]
@@ -97,6 +102,14 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// What is said where so many policies are left out.
+fn without_most(policies: &[usize]) -> Option<Absent> {
+    const MOST: usize = 100_000;
+    let is_missing = policies.iter().all(|count| *count < MOST);
+    let why = "only where --policies has it, as making so many takes longer than all the rest";
+    is_missing.then(|| Absent::new(GROUP, &format!("{MOST} {POLICIES}"), why.to_string()))
 }
 
 fn run(options: &Options) -> Result<()> {
@@ -131,13 +144,18 @@ fn run(options: &Options) -> Result<()> {
                 document.figures.extend(figures);
                 document.absent.extend(absent);
             }
-            Group::Idle => document.figures.extend(idle::measure(options.count, many)?),
+            Group::Idle => {
+                let (figures, absent) = idle::measure(options.count, many)?;
+                document.figures.extend(figures);
+                document.absent.extend(absent);
+            }
             Group::Decision => {
                 let depths = [1, 2, 4, 8, 16, 32];
                 let by_policies = decision::by_policies(options.vms, &options.policies)?;
                 document.figures.extend(by_policies);
                 let by_depth = decision::by_depth(options.vms, &depths)?;
                 document.figures.extend(by_depth);
+                document.absent.extend(without_most(&options.policies));
             }
             Group::Command => {
                 let (figures, absent) = command::measure(options.vms)?;

@@ -48,6 +48,7 @@ use crate::{
     },
     exits::{
         Counter,
+        Counts,
         Vendor, //
     },
     interface::{
@@ -58,7 +59,6 @@ use crate::{
         is_loaded,
         EXITPOLICY, //
     },
-
     soon,
     timed::{
         Operation,
@@ -112,10 +112,15 @@ pub fn cpus() -> Result<usize> {
         .try_into()?)
 }
 
-/// Whether something that takes so many vCPUs at a time is to be measured here: there must be as
-/// many CPUs, and where a host with one CPU counts exactly, one with more has nothing to add.
-fn is_for_this_host(vcpus: usize) -> Result<bool> {
-    Ok(vcpus <= cpus()? && !(vcpus == 1 && unit()? == Unit::Ticks))
+/// Why something that takes so many vCPUs at a time is not to be measured here, if it is not.
+fn why_not_here(vcpus: usize) -> Result<Option<String>> {
+    Ok(if vcpus > cpus()? {
+        Some(format!("it takes {vcpus} CPUs"))
+    } else if vcpus == 1 && unit()? == Unit::Ticks {
+        Some("a host with one CPU counts it exactly".to_string())
+    } else {
+        None
+    })
 }
 
 /// On what is measured. `emulator` is for who started it to know, if this is one.
@@ -144,7 +149,7 @@ pub fn machine(emulator: &str) -> Result<Machine> {
     })
 }
 
-/// Version and build id of the module that is loaded.
+/// Build id of the module that is loaded.
 fn module() -> Result<String> {
     ensure!(is_loaded(EXITPOLICY)?, "{EXITPOLICY} is not loaded");
     let note = format!("/sys/module/{EXITPOLICY}/notes/.note.gnu.build-id");
@@ -152,9 +157,7 @@ fn module() -> Result<String> {
     // The note ends with the id, a SHA-1.
     let id = note.len().checked_sub(20).map(|at| &note[at..]);
     let digits = id.context("a short note")?.iter();
-    let digits: Vec<String> = digits.map(|byte| format!("{byte:02x}")).collect();
-    let id = digits.concat();
-    Ok(format!("{} {id}", env!("CARGO_PKG_VERSION")))
+    Ok(digits.map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Cgroups with a policy, in great numbers, that have nothing to do with what is measured.
@@ -258,13 +261,15 @@ impl Rig {
         Ok(exits)
     }
 
+    /// What comes before and after the operations, without any.
+    fn run_none(&mut self) -> Result<u64> {
+        let none = vec![Work::new(Operation::Nothing, 1); self.vcpus.len()];
+        self.run(&none)
+    }
+
     /// Measures the first one of these, of which the second one is the other vCPU's part.
     pub fn measure(&mut self, works: &[Work]) -> Result<Measured> {
-        let none: Vec<Work> = works
-            .iter()
-            .map(|_| Work::new(Operation::Nothing, 1))
-            .collect();
-        let before_and_after = self.run(&none)?;
+        let before_and_after = self.run_none()?;
         let exits = self.run(works)?;
         let count = works[0].count;
         let values = self.guest.samples(0, count);
@@ -284,14 +289,17 @@ impl Rig {
         let vendor = Vendor::of_host()?;
         let tids: Vec<i32> = self.vcpus.iter().map(|vcpu| vcpu.tid).collect();
         let counter = Counter::of_all(&tids)?;
+        self.run_none()?;
+        let before_and_after = Counts::sum(&counter.read()?);
         self.run(works)?;
-        let mut sum = BTreeMap::new();
-        for counts in counter.read()? {
-            for (name, count) in counts.by_name(vendor) {
-                *sum.entry(name).or_insert(0.0) += count as f64 / f64::from(works[0].count);
-            }
-        }
-        Ok(sum)
+        let all = before_and_after.until(&Counts::sum(&counter.read()?));
+        let before_and_after = before_and_after.by_name(vendor);
+        let of_operations = all.by_name(vendor).into_iter().filter_map(|(name, count)| {
+            let others = before_and_after.get(&name).copied().unwrap_or(0);
+            let count = count.saturating_sub(others);
+            (count > 0).then(|| (name, count as f64 / f64::from(works[0].count)))
+        });
+        Ok(of_operations.collect())
     }
 
     /// #GP faults that the first vCPU's guest survived in the last run.

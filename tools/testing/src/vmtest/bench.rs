@@ -10,7 +10,16 @@ use anyhow::{
     Context,
     Result, //
 };
-use figures::Unit;
+use figures::{
+    decision::{
+        ABSENT,
+        HOOKED,
+        POLICIES,
+        WHOLE, //
+    },
+    idle::slack,
+    Unit, //
+};
 use testing::bench::{
     decision,
     idle,
@@ -36,18 +45,14 @@ pub fn tests() -> Vec<Test> {
 /// which is the same but for a few.
 fn idle_costs_nothing() -> Result<()> {
     let mut by_name: BTreeMap<String, Vec<(String, i64)>> = BTreeMap::new();
-    for figure in idle::measure(100, MANY)? {
+    for figure in idle::measure(100, MANY)?.0 {
         let cases = by_name.entry(figure.name).or_default();
         cases.push((figure.case, figure.median));
     }
     eprintln!("    {by_name:?}");
     for (name, cases) in by_name {
         let without = cases[0].1;
-        let slack = if name.contains("both halt") {
-            without / 1000
-        } else {
-            0
-        };
+        let slack = slack(&name, without);
         let is_same = |median: i64| (median - without).abs() <= slack;
         ensure!(
             cases.len() == 3 && cases.iter().all(|(_, median)| is_same(*median)),
@@ -67,11 +72,16 @@ fn decisions_cost_the_same() -> Result<()> {
             .map(|figure| figure.median)
             .with_context(|| format!("no {name}, {case}"))
     };
-    let few = of(decision::DECISION, "1 policies")?;
-    let many = of(decision::DECISION, &format!("{MANY} policies"))?;
-    let creation = of(decision::WHOLE, "absent")?;
-    eprintln!("    a decision: {few} and {many} instructions, of {creation} for a VM");
-    ensure!(few > 0, "nothing was decided");
+    let all = |case: &str| -> Result<i64> {
+        let added = HOOKED.iter();
+        added.map(|[_, added]| of(added, case)).sum()
+    };
+    let one = format!("1 {POLICIES}");
+    let few = all(&one)?;
+    let many = all(&format!("{MANY} {POLICIES}"))?;
+    let creation = of(WHOLE, ABSENT)?;
+    eprintln!("    added: {few} and {many} instructions, of {creation} for a VM");
+    ensure!(of(HOOKED[0][1], &one)? > 0, "nothing was decided");
     // What a tree takes more for so many, and no more.
     ensure!(many < few + few / 4, "it grows with the number of policies");
     ensure!(many < creation / 100, "it is more than 1 % of making a VM");
