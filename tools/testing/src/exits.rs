@@ -116,10 +116,9 @@ impl Vendor {
     fn reasons(self, payload: Payload) -> &'static [&'static [u64]] {
         match (self, payload) {
             (_, Payload::Nothing | Payload::Timer | Payload::Ipi | Payload::Wakeups) => &[],
-            (
-                _,
-                Payload::L2Hlt | Payload::L2HltIntercepted | Payload::L2Aperf | Payload::Svme,
-            ) => &[],
+            (_, Payload::L2Hlt | Payload::L2HltIntercepted | Payload::L2Aperf | Payload::Svme) => {
+                &[]
+            }
             (Self::Vmx, Payload::Hlt) => &[&[12]],
             (Self::Vmx, Payload::Cstate | Payload::Aperfmperf) => &[&[31]],
             (Self::Vmx, Payload::Mwait) => &[&[36], &[39]],

@@ -175,6 +175,20 @@ pub struct Params {
     pub lock: u32,
     /// How often a vCPU had the lock so far.
     pub sections: u32,
+    /// Timer ticks until a HLT ends that waits for the lock, if nothing else ends it; 0 for never.
+    pub backstop: u32,
+    /// The TSC, before the timer of [`Payload::Hlt`] or [`Payload::Timer`] was armed last and when
+    /// the last interrupt of [`TIMER_VECTOR`] came.
+    pub armed_at: [u32; 2],
+    pub fired_at: [u32; 2],
+}
+
+impl Params {
+    /// How many ticks of the TSC there were from one to the other.
+    pub fn timer_took(&self) -> u64 {
+        let tsc = |[low, high]: [u32; 2]| u64::from(low) | u64::from(high) << 32;
+        tsc(self.fired_at).wrapping_sub(tsc(self.armed_at))
+    }
 }
 
 core::arch::global_asm!(
@@ -240,6 +254,11 @@ core::arch::global_asm!(
     "jae 80b",
     "inc dword ptr [r15 + {begun}]",
     "ret",
+    "85:",
+    "rdtsc",
+    "mov [r15 + {armed_at}], eax",
+    "mov [r15 + {armed_at} + 4], edx",
+    "ret",
     // STI keeps interrupts off for one more instruction, so the timer cannot end a HLT or MWAIT
     // before it began.
     "70:",
@@ -263,6 +282,7 @@ core::arch::global_asm!(
     "jmp 9f",
     "20:",
     "call 80b",
+    "call 85b",
     "mov ecx, 0x838",
     "mov eax, [r15 + {ticks}]",
     "xor edx, edx",
@@ -308,6 +328,7 @@ core::arch::global_asm!(
     "65:",
     "call 80b",
     "mov esi, [r15 + {interrupts}]",
+    "call 85b",
     "mov ecx, 0x838",
     "mov eax, [r15 + {ticks}]",
     "xor edx, edx",
@@ -427,10 +448,10 @@ core::arch::global_asm!(
     "pop rbx",
     "228:",
     "ret",
-    // Halts until it is kicked, with interrupts off and on in turn. There is a timer, too: see the
-    // test.
+    // Halts until it is kicked, with interrupts off and on in turn. There may be a timer, too: see
+    // the test.
     "230:",
-    "mov esi, {backstop}",
+    "mov esi, [r15 + {backstop}]",
     "call 260f",
     "mov eax, 1",
     "xchg [r15 + {waits}], eax",
@@ -515,6 +536,13 @@ core::arch::global_asm!(
     "jmp 9b",
     ".globl exitpolicy_guest_timer",
     "exitpolicy_guest_timer:",
+    "push rax",
+    "push rdx",
+    "rdtsc",
+    "mov [r15 + {fired_at}], eax",
+    "mov [r15 + {fired_at} + 4], edx",
+    "pop rdx",
+    "pop rax",
     "push rcx",
     "lea rcx, [r15 + {interrupts}]",
     // Counts, unless this interrupts the same handler, with interrupts off: QEMU may deliver what
@@ -616,6 +644,9 @@ core::arch::global_asm!(
     repeated = const offset_of!(Params, repeated),
     lock = const offset_of!(Params, lock),
     sections = const offset_of!(Params, sections),
+    backstop = const offset_of!(Params, backstop),
+    armed_at = const offset_of!(Params, armed_at),
+    fired_at = const offset_of!(Params, fired_at),
     // A cache line of its own, so that nothing but an interrupt ends the MWAIT.
     monitored = const 0x400,
     mwait = const Payload::Mwait as u32,
@@ -633,8 +664,6 @@ core::arch::global_asm!(
     deadline_lvt = const 0x40000 | DEADLINE_VECTOR,
     // Some 10 us on a real CPU, and 400 us in Bochs.
     cycles = const 20_000,
-    // 1 ms.
-    backstop = const 1_000_000,
     sections_each = const SECTIONS,
     tsc_deadline = const CPUID1_ECX_TSC_DEADLINE,
     pv_unhalt = const KVM_FEATURE_PV_UNHALT,

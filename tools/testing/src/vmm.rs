@@ -432,6 +432,12 @@ impl Guest {
         unsafe { (&raw mut (*self.memory.params(index)).ticks).write_volatile(ticks) };
     }
 
+    /// Changes [`Params::backstop`], which is 0 at first.
+    pub fn set_backstop(&self, index: usize, ticks: u32) {
+        // SAFETY: Mapped and aligned; only one test writes it.
+        unsafe { (&raw mut (*self.memory.params(index)).backstop).write_volatile(ticks) };
+    }
+
     /// What the guest of a vCPU told so far of the guest that it has.
     pub fn l1(&self, index: usize) -> nested::L1 {
         // SAFETY: As in `params`.

@@ -178,7 +178,8 @@ pub fn soak(minutes: u64) -> Result<()> {
     resets::note_in(Path::new("/run/exitpolicy-resets"));
     modules::load_both()?;
     interface::ensure_empty().context("before the soak")?;
-    let leaks = Path::new(KMEMLEAK).exists().then(Leaks::from_now);
+    let leaks = Path::new(KMEMLEAK).exists();
+    let leaks = leaks.then(|| Leaks::from_now(EXITPOLICY));
     let leaks = leaks.transpose().context("kmemleak")?;
     let shared = Shared::default();
     let device = Device::open()?;

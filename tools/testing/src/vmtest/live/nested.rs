@@ -111,8 +111,8 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         })
         .ignored(no_waiting),
         Test::new(
-            format!("live::nested::l2_reads_aperf_{changes}_times"),
-            move || l2_reads_aperf(vendor, changes),
+            format!("live::nested::l2_reads_aperf_{with_hook}_times"),
+            move || l2_reads_aperf(vendor, with_hook),
         )
         .ignored(no_aperf),
         Test::new("live::nested::taken_back_in_l2", move || {

@@ -29,7 +29,10 @@ use super::{
     Make,
     Rig, //
 };
-use crate::Test;
+use crate::{
+    is_slow_host,
+    Test, //
+};
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     let changeable = changeable(vendor)?;
@@ -67,7 +70,7 @@ const ROUNDS: u32 = 10;
 /// Long enough to be armed when the change comes, in ns of the guest.
 const FAR: u32 = 300_000_000;
 
-/// A timer that was armed before the change fires after it, once.
+/// A timer that was armed before the change fires after it, once, and on time.
 fn armed_timer(vendor: Vendor, payload: Payload, with: Exits) -> Result<()> {
     let cgroup = Cgroup::new("own")?;
     let make = Make {
@@ -82,12 +85,14 @@ fn armed_timer(vendor: Vendor, payload: Payload, with: Exits) -> Result<()> {
         let counts = switches.read()?;
         Ok(counts.get(&vec![0, in_use]).copied().unwrap_or(0))
     };
+    let due = u64::from(FAR) * u64::from(rig.vmm.tsc_khz(rig.vcpus[0])?) / 1_000_000;
     let work = Work {
         ticks: FAR,
         ..Work::gated(payload)
     };
     rig.start_one(0, work)?;
     let hv = vendor == Vendor::Vmx && has_hv_timer();
+    let mut latest = 0;
     for round in 0..ROUNDS {
         // Armed with MWAIT's exits on, and switched over; the next one is armed without them.
         for (exits, moves) in [(with | Exits::MWAIT, true), (with, false)] {
@@ -112,6 +117,13 @@ fn armed_timer(vendor: Vendor, payload: Payload, with: Exits) -> Result<()> {
                 .with_context(|| format!("round {round}: the timer is lost"))?;
             let params = rig.guest.params(0);
             ensure!(params.interrupts == goal, "round {round}: {params:?}");
+            let took = params.timer_took();
+            latest = latest.max(took);
+            // Where the TSC counts instructions, it says how late.
+            ensure!(
+                took >= due - due / 100 && (took <= due + due / 10 || !is_slow_host()?),
+                "round {round}: the timer took {took} in place of {due}"
+            );
             if hv && moves {
                 ensure!(
                     count(0)? > software,
@@ -125,6 +137,7 @@ fn armed_timer(vendor: Vendor, payload: Payload, with: Exits) -> Result<()> {
             }
         }
     }
+    eprintln!("    due after {due}, {latest} at most");
     rig.vmm.stop(rig.vcpus[0])?;
     rig.end()
 }

@@ -14,7 +14,8 @@
 //! vCPU leave the guest, and is remembered by KVM, of which the HLT that comes next knows nothing:
 //! that one lasts until the next interrupt of its CPU. So who waits for a lock has a timer, too, as
 //! a Linux guest has in practice. What must hold is that only one has the lock at a time, and that
-//! everybody gets it.
+//! everybody gets it. Where nothing changes and HLT exits, before and after, it must hold without
+//! that timer.
 
 use std::{
     thread,
@@ -58,6 +59,10 @@ use crate::{
 
 /// What the guest does until everything is looked at.
 const ROUNDS: u32 = 50;
+/// What it does without changes.
+const QUIET_ROUNDS: u32 = 10;
+/// How long who waits for the lock waits for a kick, in ns of the guest.
+const BACKSTOP: u32 = 1_000_000;
 /// At most that many flips until it has to go on without.
 const BURST: u64 = 512;
 
@@ -108,6 +113,7 @@ fn torture(vendor: Vendor, flips: u64, shape: Shape, pv_unhalt: bool) -> Result<
     torture.tell();
     torture.ensure_enough()?;
     rig.reset(None)?;
+    torture.quiet().context("after all changes")?;
     rig.stop()?;
     rig.end()
 }
@@ -188,7 +194,7 @@ impl<'a> Torture<'a> {
         // Before that, IPIs are dropped.
         rig.wait(|| torture.params().all(|params| params.ready != 0))?;
         // Without changes at first: who has `hlt` is not told of PV_UNHALT.
-        torture.rounds(1, false)?;
+        torture.quiet()?;
         for params in torture.params() {
             let told = params.kvm_features & KVM_FEATURE_PV_UNHALT != 0;
             ensure!(told == pv_unhalt, "{params:?}");
@@ -204,6 +210,21 @@ impl<'a> Torture<'a> {
         self.ensure_settled()?;
         let wakeups = self.before.iter().sum::<u64>();
         Ok((self.flips - before.0, wakeups - before.1))
+    }
+
+    /// Rounds without changes, with HLT's exits, in which nothing but a kick ends the wait for the lock.
+    fn quiet(&mut self) -> Result<()> {
+        self.set_backstops(0);
+        self.rounds(QUIET_ROUNDS, false)?;
+        self.set_backstops(BACKSTOP);
+        Ok(())
+    }
+
+    /// To be called when each has got to the end of its round.
+    fn set_backstops(&self, ticks: u32) {
+        for vcpu in 0..self.of_vcpus.len() {
+            self.rig.guest.set_backstop(vcpu, ticks);
+        }
     }
 
     /// What follows on a number, the same in every run: xorshift64.
@@ -336,11 +357,13 @@ impl<'a> Torture<'a> {
     fn ensure_none_lost(&self) -> Result<()> {
         let mut sections = 0;
         for (vcpu, params) in self.params().enumerate() {
-            let has_deadlines = params.cpuid1_ecx & CPUID1_ECX_TSC_DEADLINE != 0;
-            let deadlines = if has_deadlines { self.rounds } else { 0 };
+            ensure!(
+                params.cpuid1_ecx & CPUID1_ECX_TSC_DEADLINE != 0,
+                "vCPU {vcpu} has no TSC deadlines"
+            );
             ensure!(
                 (params.ipis, params.interrupts, params.deadlines)
-                    == (self.rounds, self.rounds, deadlines),
+                    == (self.rounds, self.rounds, self.rounds),
                 "vCPU {vcpu}"
             );
             if params.kvm_features & KVM_FEATURE_PV_UNHALT != 0 {
