@@ -84,6 +84,7 @@ enum Options {
         /// End a test after so many seconds of the host's; 120 is what the tests' own settings say
         #[arg(long, value_name = "SECONDS", default_value_t = 120)]
         limit: u64,
+        /// Their names, each with its arguments, in one word
         tests: Vec<String>,
     },
     #[command(flatten)]
@@ -93,9 +94,9 @@ enum Options {
 /// What is done with results.
 #[derive(Subcommand)]
 enum Look {
-    /// Print the names of the tests to be run
-    Names(Given),
-    /// Print the names of those that are not as they should be
+    /// Print the tests to be run: their names, and their arguments
+    Commands(Given),
+    /// Print those that are not as they should be
     Wrong(Given),
     /// Print the three columns, and fail unless all is as it should be
     Table(Given),
@@ -110,9 +111,13 @@ struct Given {
     /// The file with the names of all tests
     #[arg(long, value_name = "FILE")]
     tests: PathBuf,
-    /// The file with those that are not run, and the differences that are meant to be there
+    /// The file with those that are not run, arguments, and the differences that are meant to be
+    /// there
     #[arg(long, value_name = "FILE")]
     list: PathBuf,
+    /// How many tests have to pass without the module
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    passes: usize,
     /// What "run" has printed: with the module absent, without policy, all passed through
     results: Vec<PathBuf>,
 }
@@ -144,11 +149,14 @@ fn run_all(directory: &Path, limit: Duration, tests: &[String]) -> Result<()> {
     // Whatever is said between two tests is the later one's.
     let mut log = KernelLog::from_boot()?;
     for test in tests {
+        let (name, arguments) = test.split_once(' ').unwrap_or((test, ""));
         // The name first: if the host dies, it is known of what.
-        print!("{}", result_line(test, ""));
+        print!("{}", result_line(name, ""));
         io::stdout().flush()?;
         let begin = Instant::now();
-        let (outcome, words) = run(&directory.join(test), limit, &mut log)?;
+        let mut command = Command::new(directory.join(name));
+        command.args(arguments.split_whitespace());
+        let (outcome, words) = run(&mut command, limit, &mut log)?;
         println!("{outcome} ({:.1} s)", begin.elapsed().as_secs_f32());
         for line in words {
             println!("    | {line}");
@@ -176,16 +184,16 @@ fn ensure_module_is_well(missed_before: Option<u64>) -> Result<()> {
 }
 
 /// Runs a test. How it ended, and what there is to say if it did not pass.
-fn run(test: &Path, limit: Duration, log: &mut KernelLog) -> Result<(String, Vec<String>)> {
+fn run(test: &mut Command, limit: Duration, log: &mut KernelLog) -> Result<(String, Vec<String>)> {
     let missed = missed()?;
     let output = File::create(OUTPUT)?;
-    let mut child = Command::new(test)
+    let mut child = test
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
         .process_group(0)
         .spawn()
-        .with_context(|| format!("cannot run {}", test.display()))?;
+        .with_context(|| format!("cannot run {test:?}"))?;
     let status = wait(&mut child, limit)?;
     let output = String::from_utf8_lossy(&fs::read(OUTPUT)?).into_owned();
     let module = ensure_module_is_well(missed);
@@ -243,19 +251,17 @@ fn how(status: Option<ExitStatus>) -> String {
 
 impl Look {
     fn look(&self) -> Result<bool> {
-        let (Self::Names(given) | Self::Wrong(given) | Self::Table(given)) = self;
+        let (Self::Commands(given) | Self::Wrong(given) | Self::Table(given)) = self;
         let text =
             |path: &Path| fs::read_to_string(path).with_context(|| path.display().to_string());
         let tests: Vec<_> = text(&given.tests)?.lines().map(String::from).collect();
         let list =
             List::parse(&text(&given.list)?).with_context(|| given.list.display().to_string())?;
         list.ensure_known(&tests)?;
-        if let Self::Names(_) = self {
+        let print = |test: &str| println!("{}", list.command(&given.host, test));
+        if let Self::Commands(_) = self {
             let is_run = |test: &&String| !list.is_excluded(&given.host, test);
-            tests
-                .iter()
-                .filter(is_run)
-                .for_each(|test| println!("{test}"));
+            tests.iter().filter(is_run).for_each(|test| print(test));
             return Ok(true);
         }
         let results: Vec<_> = given
@@ -267,9 +273,9 @@ impl Look {
             .try_into()
             .ok()
             .context("three files of results, please")?;
-        let table = Table::new(&given.host, &tests, &list, &results);
+        let table = Table::new(&given.host, &tests, &list, &results, given.passes);
         match self {
-            Self::Wrong(_) => table.wrong().for_each(|test| println!("{test}")),
+            Self::Wrong(_) => table.wrong().for_each(print),
             _ => print!("{table}"),
         }
         Ok(matches!(self, Self::Wrong(_)) || table.is_good())
