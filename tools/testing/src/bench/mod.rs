@@ -19,6 +19,7 @@ use std::{
         _rdtsc, //
     },
     collections::BTreeMap,
+    fmt::Write,
     fs,
     path::Path, //
 };
@@ -156,8 +157,11 @@ fn module() -> Result<String> {
     let note = fs::read(&note).with_context(|| note)?;
     // The note ends with the id, a SHA-1.
     let id = note.len().checked_sub(20).map(|at| &note[at..]);
-    let digits = id.context("a short note")?.iter();
-    Ok(digits.map(|byte| format!("{byte:02x}")).collect())
+    let mut digits = String::new();
+    for byte in id.context("a short note")? {
+        write!(digits, "{byte:02x}")?;
+    }
+    Ok(digits)
 }
 
 /// Cgroups with a policy, in great numbers, that have nothing to do with what is measured.
