@@ -184,7 +184,7 @@ pub struct Params {
 impl Params {
     /// How many ticks of the TSC there were from one to the other.
     pub fn timer_took(&self) -> u64 {
-        let tsc = |[low, high]: [u32; 2]| u64::from(low) | u64::from(high) << 32;
+        let tsc = |[low, high]: [u32; 2]| u64::from(low) | (u64::from(high) << 32);
         tsc(self.fired_at).wrapping_sub(tsc(self.armed_at))
     }
 }
