@@ -49,7 +49,9 @@ const BAD: [&str; 22] = [
 ];
 
 /// Notices that look bad and are not, by their text.
-const HARMLESS: [&str; 2] = [
+const HARMLESS: [&str; 3] = [
+    // While it boots in QEMU on a busy machine, whose timer is late then.
+    "..MP-BIOS bug: 8254 timer not connected to IO-APIC",
     // About the CPU that Bochs's `ryzen` is.
     "AMD Zen1 DIV0 bug detected. Disable SMT for full protection.",
     "AMD Zen1 FPDSS bug detected, enabling mitigation.",
@@ -200,6 +202,7 @@ mod tests {
             "debug: something",
             "watchdog: BUG: soft lockup - CPU#0 stuck for 22s!",
             "    not ok 2 update_makes_nothing",
+            "..MP-BIOS bug: 8254 timer not connected to IO-APIC",
         ]
         .map(String::from);
         let bad = bad_lines(&lines);
