@@ -562,16 +562,13 @@ mod tests {
     fn too_many_repetitions_are_wrong() {
         let tests: Vec<_> = ["a", "b", "c", "d"].map(String::from).to_vec();
         let list = List::parse("").unwrap();
-        let once: String = tests
-            .iter()
-            .map(|test| format!("test {test} ... pass\n"))
-            .collect();
+        let passes = |tests: &[String]| {
+            let lines = tests.join(" ... pass\ntest ");
+            format!("test {lines} ... pass\n")
+        };
+        let once = passes(&tests);
         let good = |repeated: usize| {
-            let again: String = once
-                .lines()
-                .take(repeated)
-                .map(|line| format!("{line}\n"))
-                .collect();
+            let again = passes(&tests[..repeated]);
             let results = [&once; 3].map(|once| Results::parse(&format!("{once}{again}{again}")));
             Table::new("amd", &tests, &list, &results, 0).is_good()
         };
