@@ -562,14 +562,14 @@ mod tests {
     fn too_many_repetitions_are_wrong() {
         let tests: Vec<_> = ["a", "b", "c", "d"].map(String::from).to_vec();
         let list = List::parse("").unwrap();
-        let passes = |tests: &[String]| {
-            let lines = tests.join(" ... pass\ntest ");
-            format!("test {lines} ... pass\n")
-        };
-        let once = passes(&tests);
+        let once: Vec<_> = tests
+            .iter()
+            .map(|test| format!("test {test} ... pass"))
+            .collect();
         let good = |repeated: usize| {
-            let again = passes(&tests[..repeated]);
-            let results = [&once; 3].map(|once| Results::parse(&format!("{once}{again}{again}")));
+            let again = &once[..repeated];
+            let runs = [&once[..], again, again].concat().join("\n");
+            let results = [(); 3].map(|()| Results::parse(&runs));
             Table::new("amd", &tests, &list, &results, 0).is_good()
         };
         assert!(good(MOST_REPEATED));
