@@ -90,11 +90,12 @@ steady:
 	$(call modules,$(CURDIR)/tools/lab/host/steady,steady)
 
 # The module from headers that are not those of KVM, for the tests: without a field of struct
-# kvm_arch, and with one more at the end of struct kvm_vcpu_arch.
+# kvm_arch, and with one more at the end of struct kvm_vcpu_arch, larger than the gap behind it
+# (struct vcpu_vmx has a member that is aligned to 64).
 .PHONY: doctored doctored-vm doctored-vcpu
 doctored: doctored-vm doctored-vcpu
 doctored-vm: export KCPPFLAGS := -Dwall_clock=wall_clock[0]
-doctored-vcpu: export KCPPFLAGS := -Dpdptrs_from_userspace=pdptrs_from_userspace,inserted[8]
+doctored-vcpu: export KCPPFLAGS := -Dpdptrs_from_userspace=pdptrs_from_userspace,inserted[64]
 doctored-vm doctored-vcpu:
 	$(call modules,$(CURDIR),$@)
 	@strip --strip-debug -o $(BUILD)/$@.ko $(BUILD)/$@/kvm_exitpolicy.ko
