@@ -264,14 +264,30 @@ fn idle(group: &Group<'_>, directory: &Path) -> Result<()> {
     group.draw(directory, &panels)
 }
 
-/// What the module adds to making a VM, in all hooked calls together, by the number of policies.
-pub fn added(figures: &[&Figure]) -> Result<Vec<(u64, i64)>> {
-    let mut together: Vec<(u64, i64)> = Vec::new();
-    for [_, added] in decision::HOOKED {
-        for (at, figure) in points(figures, added, decision::POLICIES)? {
-            match together.iter_mut().find(|(other, _)| *other == at) {
-                Some((_, sum)) => *sum += figure.median,
-                None => together.push((at, figure.median)),
+/// What the module adds to making a VM, in all hooked calls together.
+pub struct Added {
+    pub policies: u64,
+    pub median: i64,
+    /// The same of first quarters.
+    pub low: i64,
+}
+
+/// For each number of policies.
+pub fn added(figures: &[&Figure]) -> Result<Vec<Added>> {
+    let mut together: Vec<Added> = Vec::new();
+    for [_, name] in decision::HOOKED {
+        for (policies, figure) in points(figures, name, decision::POLICIES)? {
+            let (median, low) = (figure.median, figure.low);
+            match together.iter_mut().find(|sum| sum.policies == policies) {
+                Some(sum) => {
+                    sum.median += median;
+                    sum.low += low;
+                }
+                None => together.push(Added {
+                    policies,
+                    median,
+                    low,
+                }),
             }
         }
     }
@@ -283,7 +299,12 @@ fn new_vm(group: &Group<'_>, directory: &Path) -> Result<()> {
     for (document, figures) in &group.hosts {
         let making = need(figures, decision::WHOLE, decision::ABSENT)?;
         let mut clusters = Vec::new();
-        for (at, together) in added(figures)? {
+        for Added {
+            policies: at,
+            median: together,
+            ..
+        } in added(figures)?
+        {
             let mut bars = Vec::new();
             for [_, added] in decision::HOOKED {
                 let mut points = points(figures, added, decision::POLICIES)?.into_iter();

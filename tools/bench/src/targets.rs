@@ -116,25 +116,31 @@ fn unchanged(figures: &[&Figure], findings: &mut Findings) -> Result<()> {
 
 /// A decision is a small part of making a VM, whatever the number of policies.
 fn decided(figures: &[&Figure], findings: &mut Findings) -> Result<()> {
-    let share = |cost: i64, whole: &Figure| 100.0 * cost as f64 / whole.median as f64;
     let making = need(figures, decision::WHOLE, decision::ABSENT)?;
+    let share = |cost: i64| 100.0 * cost as f64 / making.median as f64;
     let by_policies = added(figures)?;
-    for (policies, cost) in &by_policies {
-        let share = share(*cost, making);
+    for sum in &by_policies {
         let line = format!(
-            "added to making a VM, {policies} policies: {cost} {}, {share:.2} %",
-            making.unit
+            "added to making a VM, {} policies: {} {}, {:.2} %",
+            sum.policies,
+            sum.median,
+            making.unit,
+            share(sum.median)
         );
-        findings.judge(share <= 1.0, line, "1 %");
+        // Not for less than it spreads.
+        findings.judge(share(sum.low) <= 1.0, line, "1 %, but for what it spreads");
     }
-    let mut some = by_policies.iter().filter(|(policies, _)| *policies > 0);
-    if let (Some((few, cost)), Some((many, more))) = (some.next(), some.next_back()) {
+    let mut some = by_policies.iter().filter(|sum| sum.policies > 0);
+    if let (Some(few), Some(many)) = (some.next(), some.next_back()) {
         // What a tree takes more for so many, and no more.
         let line = format!(
-            "{many} policies in place of {few}: {:.3} of it",
-            *more as f64 / *cost as f64
+            "{} policies in place of {}: {:.3} of it",
+            many.policies,
+            few.policies,
+            many.median as f64 / few.median as f64
         );
-        findings.judge(*more <= cost + cost / 4, line, "1.25 at most");
+        let most = few.median + few.median / 4;
+        findings.judge(many.median <= most, line, "1.25 at most");
     }
     let resolve = points(figures, decision::RESOLVE, decision::DEPTH)?;
     let resolve: Vec<_> = resolve
@@ -147,16 +153,16 @@ fn decided(figures: &[&Figure], findings: &mut Findings) -> Result<()> {
         .all(|(depth, cost)| (at_0 + slope * depth - cost).abs() <= cost / 100.0);
     let line = format!("{}, for each level: {slope:.0} more", decision::RESOLVE);
     findings.judge(is_linear, line, "a straight line, up to 1 %");
-    let (_, most) = by_policies.last().context("no policies")?;
+    let most = by_policies.last().context("no policies")?.median;
     let deepest = resolve.last().map_or(1.0, |(depth, _)| *depth);
-    let cost = *most as f64 + slope * (deepest - 1.0);
-    let room = making.median as f64 / 100.0 - *most as f64;
+    let cost = most as f64 + slope * (deepest - 1.0);
+    let room = making.median as f64 / 100.0 - most as f64;
     findings.say(format!(
         "so with a policy on each of {deepest} levels {cost:.0} {} would be added, {:.2} %, and no more than the 1 % \
          that was the target with {:.0} levels",
         making.unit,
         100.0 * cost / making.median as f64,
-        (1.0 + room / slope).floor()
+        (1.0 + room / slope).floor().max(0.0)
     ));
     let absent = need(figures, decision::WORKERS, decision::ABSENT)?;
     for (policies, figure) in points(figures, decision::WORKERS, decision::POLICIES)? {
