@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 
 use figures::{
-    decision,
     Document,
     Figure,
     Key,
@@ -80,7 +79,7 @@ fn name(host: &str, (group, name, case): Key<'_>) -> String {
 fn has_grown(old: &Figure, new: &Figure) -> bool {
     let slack = match new.unit {
         Unit::Ticks => QUANTUM,
-        _ => decision::chance(&new.name) as f64,
+        _ => 0.0,
     };
     let most = old.median as f64 + old.median.max(0) as f64 * TOLERANCE + slack;
     // What spreads by more than that by itself has grown only if it is beyond three quarters of the
@@ -308,18 +307,6 @@ mod tests {
             &old,
             &figure(Unit::Instructions, 900, 1101, 1200)?
         ));
-        let added = |name: &str, median| -> Result<Figure> {
-            let figure = figure(Unit::Instructions, median, median, median)?;
-            Ok(Figure {
-                name: name.to_string(),
-                ..figure
-            })
-        };
-        for ([_, name], chance) in decision::HOOKED.into_iter().zip([100, 100, 700]) {
-            let old = added(name, 1000)?;
-            assert!(!has_grown(&old, &added(name, 1020 + chance)?));
-            assert!(has_grown(&old, &added(name, 1021 + chance)?));
-        }
         let old = figure(Unit::Ticks, 900, 1000, 1100)?;
         assert!(!has_grown(&old, &figure(Unit::Ticks, 900, 2000, 2000)?));
         assert!(has_grown(&old, &figure(Unit::Ticks, 1101, 2000, 2000)?));

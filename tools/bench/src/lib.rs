@@ -99,17 +99,6 @@ pub mod decision {
         ["KVM_SET_CPUID2", "added to KVM_SET_CPUID2"],
         ["first KVM_RUN", "added to KVM_RUN"],
     ];
-    /// By how many instructions a figure may differ from boot to boot: the kernel finds hooks in a
-    /// hash table whose seed it draws, and one that shares a bucket takes longer to be found. The
-    /// first KVM_RUN looks for many.
-    pub fn chance(name: &str) -> i64 {
-        match HOOKED.iter().position(|[_, added]| *added == name) {
-            Some(2) => 700,
-            Some(_) => 100,
-            None => 0,
-        }
-    }
-
     /// What workers of the kernel execute from before a VM is made until it is gone.
     pub const WORKERS: &str = "a VM made and ended, in workers";
     /// What a decision does for each level of cgroups, and nothing else of it, as a call of its own.
