@@ -129,7 +129,9 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new(
             format!("isolation::guest_is_not_heard_in_{writes}_writes"),
             move || guest_is_not_heard(vendor, writes),
-        ),
+        )
+        // There, a guest can have nothing recalculated.
+        .ignored(vendor == Vendor::Vmx),
     ])
 }
 
@@ -688,9 +690,9 @@ fn vmm_is_not_heard(vendor: Vendor, rounds: usize) -> Result<()> {
     vmm.kill()
 }
 
-/// What a guest can do again and again: on AMD, to have its intercepts recalculated, by switching
+/// What a guest can do again and again on AMD: to have its intercepts recalculated, by switching
 /// EFER.SVME, in a VM whose vCPUs are not all as they should be. It costs the host no line in its log
-/// and no memory, and the guest gets on. On Intel, there is nothing of that kind, and it is the same.
+/// and no memory, and the guest gets on.
 fn guest_is_not_heard(vendor: Vendor, writes: u32) -> Result<()> {
     let cgroup = Cgroup::new("own")?;
     ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
@@ -711,13 +713,10 @@ fn guest_is_not_heard(vendor: Vendor, writes: u32) -> Result<()> {
     let report = vmm.run(vcpu, Work::new(Payload::Svme, writes))?;
     let calls = calls.by(vcpu.tid)?;
     eprintln!("    {calls} times recalculated, {} #GP", report.gp);
-    match vendor {
-        Vendor::Svm => ensure!(
-            calls >= u64::from(writes) && report.gp == 0,
-            "so nothing was tested: {report:?}"
-        ),
-        Vendor::Vmx => ensure!(report.gp == writes, "{report:?}"),
-    }
+    ensure!(
+        calls >= u64::from(writes) && report.gp == 0,
+        "so nothing was tested: {report:?}"
+    );
     let lines = log.lines()?;
     ensure!(
         lines.len() < 10 && !lines.iter().any(|line| line.contains("exitpolicy")),
