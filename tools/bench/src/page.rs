@@ -132,13 +132,16 @@ mod tests {
         assert_eq!(grouped(-999), "-999");
         assert_eq!(grouped(1000), "1,000");
         assert_eq!(grouped(-12_345_678), "-12,345,678");
+        assert_eq!(numbers("1,234, 0,100,10000 and 12"), ["1,234"]);
     }
 
-    /// Numbers with a comma in them.
+    /// Numbers with commas where they belong.
     fn numbers(text: &str) -> Vec<&str> {
         let words = text.split(|c: char| !c.is_ascii_digit() && c != ',');
         let words = words.map(|word| word.trim_matches(','));
-        words.filter(|word| word.contains(',')).collect()
+        let is_grouped =
+            |word: &&str| word.contains(',') && word.split(',').skip(1).all(|part| part.len() == 3);
+        words.filter(is_grouped).collect()
     }
 
     /// What people are told is what was measured.
