@@ -420,41 +420,45 @@ fn holds_what_is_to_come(vendor: Vendor) -> Result<()> {
     rig.end()
 }
 
+/// Does `work` while `hlt` is given to a VM and taken back as fast as can be.
+fn while_hlt_changes(vm: u64, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let enough = AtomicBool::new(false);
+    let changes = thread::scope(|scope| -> Result<u32> {
+        let changer = scope.spawn(|| -> Result<u32> {
+            let mut changes = 0;
+            while !enough.load(Ordering::Acquire) {
+                ioctl::set_override(vm, None, Exits::HLT)?;
+                ioctl::reset_override(vm, None)?;
+                changes += 2;
+            }
+            Ok(changes)
+        });
+        let worked = work();
+        enough.store(true, Ordering::Release);
+        let changes = changer.join().map_err(|_| anyhow!("the thread panicked"))?;
+        worked?;
+        changes
+    })?;
+    ensure!(changes > 2, "{changes} changes");
+    eprintln!("    {changes} changes meanwhile");
+    Ok(())
+}
+
 /// vCPUs are added while others change the VM all the time.
 fn hot_plug(vendor: Vendor) -> Result<()> {
     const VCPUS: usize = 12;
     let cgroup = Cgroup::new("own")?;
     let mut rig = Rig::pair(vendor, &cgroup)?;
     rig.start(Payload::Hlt)?;
-    let id = rig.id;
-    let enough = AtomicBool::new(false);
-    let changes = thread::scope(|scope| -> Result<u32> {
-        let changer = scope.spawn(|| -> Result<u32> {
-            let mut changes = 0;
-            while !enough.load(Ordering::Acquire) {
-                ioctl::set_override(id, None, Exits::HLT)?;
-                ioctl::reset_override(id, None)?;
-                changes += 2;
-            }
-            Ok(changes)
-        });
-        let mut add = || -> Result<()> {
-            for index in rig.vcpus.len()..VCPUS {
-                let vcpu = rig.vmm.create_vcpu(rig.vm, index)?;
-                rig.vcpus.push(vcpu);
-                rig.start_one(index, Work::gated(Payload::Hlt))?;
-                rig.step(&[0, index], 1)?;
-            }
-            Ok(())
-        };
-        let added = add();
-        enough.store(true, Ordering::Release);
-        let changes = changer.join().map_err(|_| anyhow!("the thread panicked"))?;
-        added?;
-        changes
+    while_hlt_changes(rig.id, || {
+        for index in rig.vcpus.len()..VCPUS {
+            let vcpu = rig.vmm.create_vcpu(rig.vm, index)?;
+            rig.vcpus.push(vcpu);
+            rig.start_one(index, Work::gated(Payload::Hlt))?;
+            rig.step(&[0, index], 1)?;
+        }
+        Ok(())
     })?;
-    ensure!(changes > 2, "{changes} changes");
-    eprintln!("    {changes} changes meanwhile");
     let counter = rig.counter()?;
     rig.check_all(&counter, Payload::Hlt, false)?;
     rig.set(None, Exits::HLT)?;
@@ -754,37 +758,17 @@ fn cpuid_repeated_meanwhile(vendor: Vendor) -> Result<()> {
         );
     }
 
-    let id = rig.id;
-    let enough = AtomicBool::new(false);
-    let changes = thread::scope(|scope| -> Result<u32> {
-        let changer = scope.spawn(|| -> Result<u32> {
-            let mut changes = 0;
-            while !enough.load(Ordering::Acquire) {
-                ioctl::set_override(id, None, Exits::HLT)?;
-                ioctl::reset_override(id, None)?;
-                changes += 2;
+    while_hlt_changes(rig.id, || {
+        for time in 0..times {
+            rig.vmm
+                .act(vcpu, Action::SetCpuid)
+                .with_context(|| format!("time {time}"))?;
+            if time % 16 == 0 {
+                rig.vmm.run(vcpu, Work::new(Payload::Hlt, 1))?;
             }
-            Ok(changes)
-        });
-        let mut repeat = || -> Result<()> {
-            for time in 0..times {
-                rig.vmm
-                    .act(vcpu, Action::SetCpuid)
-                    .with_context(|| format!("time {time}"))?;
-                if time % 16 == 0 {
-                    rig.vmm.run(vcpu, Work::new(Payload::Hlt, 1))?;
-                }
-            }
-            Ok(())
-        };
-        let repeated = repeat();
-        enough.store(true, Ordering::Release);
-        let changes = changer.join().map_err(|_| anyhow!("the thread panicked"))?;
-        repeated?;
-        changes
+        }
+        Ok(())
     })?;
-    ensure!(changes > 2, "{changes} changes");
-    eprintln!("    {changes} changes meanwhile");
 
     let off = SwitchedOff::new()?;
     ensure_told(&mut rig, "off")?;
