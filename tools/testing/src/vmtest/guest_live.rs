@@ -76,15 +76,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     let test = Test::new("guest_live::boot_load_and_shutdown", move || {
         linux(vendor, changeable)
     });
-    // Pause loops of the guest's locks among them.
-    let with_pause = Test::new("guest_live::boot_load_and_shutdown_with_pause", move || {
-        linux(vendor, changeable)
-    });
-    let has_pause = changeable.contains(Exits::PAUSE);
-    Ok(vec![
-        test.ignored(missing || has_pause),
-        with_pause.ignored(missing || !has_pause),
-    ])
+    Ok(vec![test.ignored(missing)])
 }
 
 /// Boots, works and shuts down, while its exits change every [`PERIOD`].
