@@ -484,8 +484,14 @@ impl Vm {
         // SAFETY: This is KVM_RUN, which holds the mutex.
         let stored = unsafe { cpuid::Table::stored(vcpu) };
         if !known.entered {
-            // The flag may have changed between our look at it and KVM's, when CPUID was set.
-            self.vcpus.get_mut(index)?.has_pv_unhalt = stored.has_pv_unhalt();
+            // The flag may have changed between our look at it and KVM's, when CPUID was set. What
+            // KVM notes of the table then is the table's until the vCPU has run, and no search.
+            let fresh = !vcpu.has_run() && !vcpu.in_l2();
+            self.vcpus.get_mut(index)?.has_pv_unhalt = if fresh {
+                vcpu.knows_pv_unhalt()
+            } else {
+                stored.has_pv_unhalt()
+            };
         }
         let known = *self.vcpus.get(index)?;
         let restore = self.shall_get_pv_unhalt(&known);
