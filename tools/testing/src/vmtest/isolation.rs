@@ -144,6 +144,8 @@ struct Tenant {
 
 impl Tenant {
     fn new(cgroup: &Cgroup) -> Result<Self> {
+        // Not every kernel is built so that it begins like this.
+        fs::write("/proc/sys/kernel/dmesg_restrict", "1")?;
         ioctl::set_policy(cgroup, Exits::HLT, !Exits::MWAIT)?;
         let mut vmm = Vmm::start(cgroup)?;
         let vm = vmm.create_vm()?;

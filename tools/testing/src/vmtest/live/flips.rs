@@ -310,7 +310,8 @@ fn cost(vendor: Vendor, changes: u32) -> Result<()> {
             "{} exits",
             changed.total()
         );
-        if first != last {
+        // Of two requests at the same time a slow host's CPU sees one, and nobody can tell whose.
+        if first != last && requests >= others {
             ensure!(
                 asked > 0,
                 "the guest was never asked, so nothing was tested"
