@@ -484,8 +484,9 @@ impl Vm {
         // SAFETY: This is KVM_RUN, which holds the mutex.
         let stored = unsafe { cpuid::Table::stored(vcpu) };
         if !known.entered {
-            // The flag may have changed between our look at it and KVM's, when CPUID was set. What
-            // KVM notes of the table then is the table's until the vCPU has run, and no search.
+            // The flag may have changed between our look at it and KVM's, when CPUID was set. KVM
+            // notes the table's features as it stores it (cpuid.c: kvm_vcpu_after_set_cpuid()).
+            // Until the vCPU has run the two are the same, and what is noted need not be searched.
             let fresh = !vcpu.has_run() && !vcpu.in_l2();
             self.vcpus.get_mut(index)?.has_pv_unhalt = if fresh {
                 vcpu.knows_pv_unhalt()

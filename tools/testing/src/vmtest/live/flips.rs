@@ -310,10 +310,15 @@ fn cost(vendor: Vendor, changes: u32) -> Result<()> {
             "{} exits",
             changed.total()
         );
-        // Of two requests at the same time a slow host's CPU sees one, and nobody can tell whose.
-        if first != last && requests >= others {
+        if first != last {
+            // Of two requests at the same time a slow host's CPU sees one. Then nobody can tell
+            // whose it was, and that the guest left at all has to do.
+            let told = requests >= others;
+            if !told {
+                eprintln!("    whose requests these were cannot be told: {requests} came");
+            }
             ensure!(
-                asked > 0,
+                asked > 0 || (!told && requests > 0 && changed.total() > 0),
                 "the guest was never asked, so nothing was tested"
             );
         }
