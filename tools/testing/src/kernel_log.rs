@@ -4,6 +4,7 @@
 
 use std::{
     fs::{
+        self,
         File,
         OpenOptions, //
     },
@@ -17,6 +18,7 @@ use std::{
 };
 
 use anyhow::{
+    ensure,
     Context,
     Result, //
 };
@@ -116,6 +118,21 @@ impl KernelLog {
             }
         }
     }
+}
+
+/// Fails if the kernel has lockdep and has switched it off, as it does for good with its first report,
+/// and with some of others (`kernel/locking/lockdep_proc.c`). Nothing that a test does then is looked at.
+pub fn ensure_lockdep_looks() -> Result<()> {
+    let stats = match fs::read_to_string("/proc/lockdep_stats") {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        stats => stats?,
+    };
+    let on = stats
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("debug_locks:"))
+        .context("lockdep does not say whether it is on")?;
+    ensure!(on.trim() == "1", "lockdep is off");
+    Ok(())
 }
 
 /// Whether a report of KCSAN's is about what the module does. The kernel has data races of its own,

@@ -31,6 +31,7 @@ use testing::{
     interface,
     kernel_log::{
         bad_lines,
+        ensure_lockdep_looks,
         KernelLog, //
     },
     modules::{
@@ -150,6 +151,7 @@ fn keep_tracepoint() -> Result<()> {
 /// Runs one test in clean surroundings.
 fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<()> {
     let mut log = KernelLog::from_now()?;
+    ensure_lockdep_looks().context("before the test")?;
     if !stock {
         modules::load_both()?;
         interface::ensure_empty().context("before the test")?;
