@@ -154,24 +154,25 @@ impl Engine {
 
     /// The cgroup that the VM's VMM is in now, and what that one's policies say; nothing if it is
     /// not in `scope`. What a VMM that has ended got last stays: its memory has ended with it, or
-    /// else it goes on in another process.
+    /// else it goes on in another process. One that runs another program by now has ended: KVM
+    /// takes its vCPUs' calls from who has its memory only.
     fn policies_of(&self, scope: Scope, id: u64) -> Option<(u64, Resolved)> {
-        let (mut process, mm, last) = self.vms.with(id, |vm, kvm| {
-            let mm = kvm.is_some_and(kvm::Vm::has_memory).then_some(vm.mm);
-            (vm.process.clone(), mm, (vm.cgroup, vm.resolved))
+        let (mut process, mm, in_use, last) = self.vms.with(id, |vm, kvm| {
+            let in_use = kvm.is_some_and(kvm::Vm::has_memory);
+            (vm.process.clone(), vm.mm, in_use, (vm.cgroup, vm.resolved))
         })?;
         let rcu = rcu::read_lock();
-        if Cgroup::of_process(&process, &rcu).is_none() {
-            // The VM holds its VMM's `struct mm_struct`, so that it is nobody else's; if the VM goes
-            // meanwhile, what is found is of no use.
-            if let Some(heir) = mm.and_then(Process::with_memory) {
+        // The VM holds its VMM's `struct mm_struct`, so that it is nobody else's; if the VM goes
+        // meanwhile, what is found is of no use.
+        if in_use && Cgroup::of_process(&process, mm, &rcu).is_none() {
+            if let Some(heir) = Process::with_memory(mm) {
                 let heir_too = heir.clone();
                 // The old one is dropped here, after the lock.
                 drop(self.vms.with(id, |vm, _| vm.inherit(heir_too)));
                 process = heir;
             }
         }
-        let Some(cgroup) = Cgroup::of_process(&process, &rcu).map(Cgroup::domain) else {
+        let Some(cgroup) = Cgroup::of_process(&process, mm, &rcu).map(Cgroup::domain) else {
             return matches!(scope, Scope::All).then_some(last);
         };
         if let Scope::Below(top) = scope {
@@ -397,6 +398,8 @@ impl Engine {
                 known.offered_pv_unhalt = offered;
                 // What KVM is about to store.
                 known.has_pv_unhalt = offered && !native;
+                // A KVM_RUN that a signal ended may have looked at what was stored before.
+                known.entered = false;
             } else if !changed {
                 // KVM has made the stored table by the same flags as it will look at this one.
             } else if native || (offered && overridable) {

@@ -75,16 +75,20 @@ struct cgroup *exitpolicy_task_cgroup(struct task_struct *task)
 	return task_dfl_cgroup(task);
 }
 
-struct cgroup *exitpolicy_process_cgroup(struct pid *process)
+struct cgroup *exitpolicy_process_cgroup(struct pid *process, const void *mm)
 {
 	struct task_struct *leader = pid_task(process, PIDTYPE_TGID);
 	struct task_struct *task;
 
 	if (!leader)
 		return NULL;
-	/* A thread that has exited stays in the cgroup that it had. */
+	/*
+	 * A thread that has exited stays in the cgroup that it had. One that has
+	 * called execve() has other memory (fs/exec.c:exec_mmap()).
+	 */
 	for_each_thread(leader, task) {
-		if (!(READ_ONCE(task->flags) & PF_EXITING))
+		if (READ_ONCE(task->mm) == mm &&
+		    !(READ_ONCE(task->flags) & PF_EXITING))
 			return task_dfl_cgroup(task);
 	}
 	return NULL;

@@ -36,7 +36,7 @@ unsigned long exitpolicy_ftrace_regs_argument(struct ftrace_regs *fregs,
 
 /* Under rcu_read_lock(), which also bounds the use of the result. */
 struct cgroup *exitpolicy_task_cgroup(struct task_struct *task);
-struct cgroup *exitpolicy_process_cgroup(struct pid *process);
+struct cgroup *exitpolicy_process_cgroup(struct pid *process, const void *mm);
 struct cgroup *exitpolicy_cgroup_domain(struct cgroup *cgrp);
 void exitpolicy_cgroup_put(struct cgroup *cgrp);
 u64 exitpolicy_cgroup_id(const struct cgroup *cgrp);

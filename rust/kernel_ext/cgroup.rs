@@ -144,15 +144,17 @@ impl Cgroup {
         unsafe { &*shim::exitpolicy_task_cgroup(task.as_ptr().cast()).cast() }
     }
 
-    /// The cgroup of a process: that of a thread of it that is alive, if there is one.
+    /// The cgroup of a process: that of a thread of it that is alive, if there is one, and has this
+    /// memory, the address of a `struct mm_struct` that is not freed meanwhile.
     pub(crate) fn of_process<'rcu>(
         process: &Process,
+        mm: usize,
         _rcu: &'rcu rcu::Guard,
     ) -> Option<&'rcu Self> {
         // SAFETY: `process` is valid, and we are under RCU; the result is NULL or as in `of_task`.
-        // INVARIANT: Pinned by RCU.
+        // `mm` is compared only. INVARIANT: Pinned by RCU.
         unsafe {
-            shim::exitpolicy_process_cgroup(process.as_ptr())
+            shim::exitpolicy_process_cgroup(process.as_ptr(), mm as *const c_void)
                 .cast::<Self>()
                 .as_ref()
         }
