@@ -2,7 +2,11 @@
 
 //! A child process that is someone else than the test.
 
-use std::fs;
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    process::Command, //
+};
 
 use anyhow::{
     ensure,
@@ -19,9 +23,15 @@ use nix::{
         unshare,
         CloneFlags, //
     },
-    sys::wait::{
-        waitpid,
-        WaitStatus, //
+    sys::{
+        signal::{
+            kill,
+            Signal, //
+        },
+        wait::{
+            waitpid,
+            WaitStatus, //
+        },
     },
     unistd::{
         chroot,
@@ -70,17 +80,54 @@ pub fn in_child(body: impl FnOnce() -> Result<Vec<String>>) -> Result<()> {
 
 /// Runs `body` in a process of its own that has this one's memory and files, and is gone afterwards.
 pub fn in_same_memory<T>(body: impl FnOnce() -> T) -> Result<T> {
+    let (result, child) = share_memory(body, || {})?;
+    waitpid(child, None)?;
+    result.context("the process ended before its work")
+}
+
+/// A process that executes a program, which is killed when the value goes.
+pub struct Program(Pid);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGKILL);
+        let _ = waitpid(self.0, None);
+    }
+}
+
+/// As [`in_same_memory`], but the process executes a program afterwards.
+pub fn in_same_memory_until_exec<T>(
+    body: impl FnOnce() -> T,
+    program: &mut Command,
+) -> Result<(T, Program)> {
+    let mut error = None;
+    let (result, child) = share_memory(body, || error = Some(program.exec()))?;
+    let program = Program(child);
+    error.map_or(Ok(()), Err).context("execve")?;
+    Ok((
+        result.context("the process ended before its work")?,
+        program,
+    ))
+}
+
+/// Runs `body` in a process of its own that has this one's memory and files, and then `end`. Comes
+/// back when the process has ended or executes a program.
+fn share_memory<T>(
+    body: impl FnOnce() -> T,
+    mut end: impl FnMut(),
+) -> Result<(Option<T>, Pid)> {
     let (mut result, mut body) = (None, Some(body));
     let mut stack = vec![0; 256 << 10];
     let work = Box::new(|| {
         result = body.take().map(|body| body());
+        end();
         0
     });
     let flags = CloneFlags::CLONE_VM | CloneFlags::CLONE_FILES | CloneFlags::CLONE_VFORK;
-    // SAFETY: This thread, whose thread-local storage it uses, waits until it has ended.
+    // SAFETY: This thread, whose thread-local storage it uses, waits until it has ended or has memory
+    // of its own.
     let child = unsafe { clone(work, &mut stack, flags, Some(libc::SIGCHLD)) }?;
-    waitpid(child, None)?;
-    result.context("the process ended before its work")
+    Ok((result, child))
 }
 
 /// Nobody may make a user namespace whose root directory is not that of the mount namespace, and

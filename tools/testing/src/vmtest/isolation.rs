@@ -595,8 +595,9 @@ fn quota(vendor: Vendor, payload: Payload) -> Result<()> {
     let exits = Counter::start(vcpu.tid)?;
     let (alone, _) = measure(&tenant, &neighbour)?;
     eprintln!("    alone, no quota: {alone:?}");
+    // Where there is one CPU, the test itself is on it, and asks and asks.
     ensure!(
-        alone.usage >= alone.periods * PERIOD / 2,
+        alone.usage >= alone.periods * PERIOD / 4,
         "a vCPU that idles natively does not count as busy: {alone:?}"
     );
     let spinner = Spinner::start(&neighbour, last)?;

@@ -5,7 +5,10 @@
 use std::{
     fs,
     os::fd::AsRawFd,
-    process,
+    process::{
+        self,
+        Command, //
+    },
     sync::{
         atomic::AtomicBool,
         Arc, //
@@ -51,7 +54,8 @@ use testing::{
 use crate::{
     child::{
         in_child,
-        in_same_memory, //
+        in_same_memory,
+        in_same_memory_until_exec, //
     },
     matrix::{
         check_exits_of,
@@ -97,7 +101,10 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("placement::vm_without_vcpu", vm_without_vcpu),
         Test::new("placement::fork", fork),
         Test::new("placement::memory_outlives_process", move || {
-            memory_outlives_process(vendor)
+            memory_outlives_process(vendor, false)
+        }),
+        Test::new("placement::memory_outlives_exec", move || {
+            memory_outlives_process(vendor, true)
         }),
         Test::new("placement::vmm_killed", vmm_killed),
         Test::new("placement::switched_off", move || switched_off(vendor)),
@@ -465,16 +472,24 @@ fn vm_without_vcpu() -> Result<()> {
     Ok(())
 }
 
-/// The process that made the first vCPU ends, and another one goes on with its memory: for KVM, that
-/// one is the VMM, too.
-fn memory_outlives_process(vendor: Vendor) -> Result<()> {
+/// The process that made the first vCPU ends, or executes a program, and another one goes on with its
+/// memory: for KVM, that one is the VMM, too.
+fn memory_outlives_process(vendor: Vendor, executes: bool) -> Result<()> {
     let floor = floor(vendor)?;
     let (one, other) = (Cgroup::new("one")?, Cgroup::new("other")?);
     let here = Here::in_cgroup(&one)?;
     let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
     // On Intel, its guest is refused `hlt` else.
     vm.hide_pv_unhalt();
-    let mut vcpu = in_same_memory(|| vm.create_vcpu(0))??;
+    let (vcpu, program) = if executes {
+        let mut sleep = Command::new("sleep");
+        sleep.arg("1000000");
+        let (vcpu, program) = in_same_memory_until_exec(|| vm.create_vcpu(0), &mut sleep)?;
+        (vcpu, Some(program))
+    } else {
+        (in_same_memory(|| vm.create_vcpu(0))?, None)
+    };
+    let mut vcpu = vcpu?;
     let mut check = |view: &VmView, cgroup: &Cgroup, effective: Exits| -> Result<()> {
         ensure!(
             view.cgroup == cgroup.path() && view.effective == effective,
@@ -501,7 +516,7 @@ fn memory_outlives_process(vendor: Vendor) -> Result<()> {
         interface::only_vm()?
     );
     check(&interface::only_vm()?, &other, floor)?;
-    drop((vcpu, vm));
+    drop((vcpu, vm, program));
     drop(here);
     interface::ensure_no_vms()
 }
