@@ -432,12 +432,15 @@ fn never_changed(vendor: Vendor, recalc_intercepts: &str, all: &CpuSet) -> Resul
         flags: uapi::POLICY_DISABLE,
         cgroup_fd: testing::cgroup::fd_of(&directory),
         disable: Exits::HLT.bits(),
-        // Long enough for many more tries than there may be.
-        timeout_ms: 5_000,
         ..Default::default()
     };
     let (mut most, mut named) = (0, 0);
-    for _ in 0..5 {
+    for round in 0..5 {
+        // Long enough for many more tries than there may be, sooner or later: a busy machine makes few.
+        let argument = uapi::Policy {
+            timeout_ms: (5_000 << round).min(uapi::MAX_TIMEOUT),
+            ..argument
+        };
         let count = || -> Result<[u64; 2]> { Ok([calls.by(tids[0])?, calls.by(tids[1])?]) };
         let before = count()?;
         named += Device::open()?.policy(uapi::SET_POLICY, argument)?.pending;
