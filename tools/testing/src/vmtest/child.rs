@@ -112,10 +112,7 @@ pub fn in_same_memory_until_exec<T>(
 
 /// Runs `body` in a process of its own that has this one's memory and files, and then `end`. Comes
 /// back when the process has ended or executes a program.
-fn share_memory<T>(
-    body: impl FnOnce() -> T,
-    mut end: impl FnMut(),
-) -> Result<(Option<T>, Pid)> {
+fn share_memory<T>(body: impl FnOnce() -> T, mut end: impl FnMut()) -> Result<(Option<T>, Pid)> {
     let (mut result, mut body) = (None, Some(body));
     let mut stack = vec![0; 256 << 10];
     let work = Box::new(|| {
