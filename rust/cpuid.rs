@@ -16,8 +16,9 @@ use crate::{
 
 /// Where hypervisors have their leaves (arch/x86/include/asm/cpuid/api.h:
 /// for_each_possible_cpuid_base_hypervisor()).
-const HYPERVISOR_BASES: core::ops::Range<u32> = 0x4000_0000..0x4001_0000;
+const HYPERVISOR_BASE: u32 = 0x4000_0000;
 const HYPERVISOR_STEP: u32 = 0x100;
+const HYPERVISOR_COUNT: usize = 0x100;
 
 /// "KVMKVMKVM" in EBX, ECX and EDX.
 const KVM_SIGNATURE: [u32; 3] = [0x4b4d_564b, 0x564b_4d56, 0x4d];
@@ -76,15 +77,29 @@ impl Table {
             .find(|entry| is_it(unsafe { &**entry }))
     }
 
+    /// The lowest base whose leaf has KVM's signature, if there are more; of several entries for a
+    /// leaf, the first one counts (cpuid.c: kvm_get_hypervisor_cpuid()).
+    fn base(&self) -> Option<u32> {
+        let mut seen = [false; HYPERVISOR_COUNT];
+        let mut lowest = None;
+        self.find(|entry| {
+            let offset = entry.function.wrapping_sub(HYPERVISOR_BASE);
+            let leaf = (offset / HYPERVISOR_STEP) as usize;
+            if let (0, Some(seen)) = (offset % HYPERVISOR_STEP, seen.get_mut(leaf)) {
+                let is_first = !core::mem::replace(seen, true);
+                let is_kvm = [entry.ebx, entry.ecx, entry.edx] == KVM_SIGNATURE;
+                if is_first && is_kvm && lowest.is_none_or(|lowest| entry.function < lowest) {
+                    lowest = Some(entry.function);
+                }
+            }
+            false
+        });
+        lowest
+    }
+
     /// The register with KVM's paravirtual features.
     fn features(&self) -> Option<*mut u32> {
-        let signature = self.find(|entry| {
-            HYPERVISOR_BASES.contains(&entry.function)
-                && entry.function % HYPERVISOR_STEP == 0
-                && [entry.ebx, entry.ecx, entry.edx] == KVM_SIGNATURE
-        })?;
-        // SAFETY: An entry of the table.
-        let base = unsafe { (*signature).function };
+        let base = self.base()?;
         let features = self.find(|entry| entry.function == base | bindings::KVM_CPUID_FEATURES)?;
         // SAFETY: As above.
         Some(unsafe { &raw mut (*features).eax })

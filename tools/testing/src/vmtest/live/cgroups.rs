@@ -4,9 +4,12 @@
 
 use std::{
     ops::Range,
-    sync::atomic::{
-        AtomicBool,
-        Ordering, //
+    sync::{
+        atomic::{
+            AtomicBool,
+            Ordering, //
+        },
+        Arc, //
     },
     thread, //
 };
@@ -18,6 +21,10 @@ use anyhow::{
     Result, //
 };
 use exitpolicy_policy::Exits;
+use kvm_bindings::{
+    kvm_cpuid_entry2,
+    CpuId, //
+};
 use serde_json::json;
 use testing::{
     cgroup::Cgroup,
@@ -52,6 +59,7 @@ use testing::{
     vmm::{
         Action,
         Irqchip,
+        Vm,
         Work, //
     }, //
 };
@@ -107,6 +115,10 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("live::vmm::hot_plug", move || hot_plug(vendor)),
         Test::new("live::vmm::64_vcpus", move || many_vcpus(vendor)),
         Test::new("live::vmm::cpuid_repeated", move || cpuid_repeated(vendor)),
+        Test::new(
+            "live::vmm::cpuid_of_two_hypervisors",
+            cpuid_of_two_hypervisors,
+        ),
         Test::new("live::vmm::cpuid_repeated_meanwhile", move || {
             cpuid_repeated_meanwhile(vendor)
         })
@@ -723,6 +735,50 @@ fn cpuid_repeated(vendor: Vendor) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The same with leaves of KVM's at two bases, the higher one first in the table: KVM uses the lower
+/// one.
+fn cpuid_of_two_hypervisors() -> Result<()> {
+    /// KVM_CPUID_SIGNATURE, and the next one that a guest looks at.
+    const BASES: [u32; 2] = [0x4000_0000, 0x4000_0100];
+    let give_up = AtomicBool::new(false);
+    let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
+    let mut entries = Vec::new();
+    let usual = vm.cpuid();
+    for base in [BASES[1], BASES[0]] {
+        for entry in usual.as_slice() {
+            if entry.function & !0xff == BASES[0] {
+                entries.push(kvm_cpuid_entry2 {
+                    function: base | (entry.function & 0xff),
+                    ..*entry
+                });
+            }
+        }
+    }
+    let others = usual.as_slice().iter();
+    entries.extend(others.filter(|entry| entry.function & !0xff != BASES[0]));
+    let cpuid = CpuId::from_entries(&entries)?;
+    let mut vcpu = vm.create_vcpu(0)?;
+    vcpu.set_cpuid(&cpuid)?;
+    let work = Work::new(Payload::Hlt, 3);
+    ensure!(vcpu.run(work, &give_up)?.pv_unhalt, "not told of PV_UNHALT");
+    let id = interface::only_vm()?.id;
+    for round in 0..4 {
+        ioctl::set_override(id, None, Exits::HLT)?;
+        vcpu.set_cpuid(&cpuid)
+            .with_context(|| format!("round {round}: given"))?;
+        vcpu.run(work, &give_up)?;
+        ioctl::reset_override(id, None)?;
+        vcpu.set_cpuid(&cpuid)
+            .with_context(|| format!("round {round}: taken"))?;
+        vcpu.run(work, &give_up)?;
+    }
+    // The guest is told again what it was.
+    Device::open()?.set_enabled(false)?;
+    ensure!(vcpu.run(work, &give_up)?.pv_unhalt, "not told again");
+    drop((vcpu, vm));
+    interface::ensure_no_vms()
 }
 
 /// A vCPU that knows PV_UNHALT is told its CPUID again while `hlt` is given and taken as fast as can
