@@ -90,9 +90,15 @@ struct Directories {
 
 /// `vms/<id>`. Field order is drop order.
 struct VmDirectory {
-    /// `vcpu<N>`, by the vCPUs' indices.
-    vcpus: KVec<Pin<KBox<Directory<VcpuFiles>>>>,
+    /// `vcpu<N>`, in the order of the vCPUs' indices. Some may be missing, for lack of memory.
+    vcpus: KVec<VcpuDirectory>,
     directory: Pin<KBox<Directory<VmFiles>>>,
+}
+
+/// `vms/<id>/vcpu<N>`.
+struct VcpuDirectory {
+    index: usize,
+    _directory: Pin<KBox<Directory<VcpuFiles>>>,
 }
 
 /// How a change is carried out.
@@ -424,11 +430,12 @@ impl Admin {
 
     /// The worker: does what hooks cannot do.
     fn work(this: &Arc<Self>) {
-        this.tidy(this);
         {
             let _changes = this.changes.lock();
             this.engine.change(Scope::Stale);
         }
+        // After that, which may find vCPUs that are to have a directory.
+        this.tidy(this);
         this.set_quiet_flags();
         if this.engine.any_in_l2() {
             this.watch_l2();
@@ -510,13 +517,20 @@ impl Admin {
     ) -> Result {
         let vm_directory = directories.vms.get_mut(&vm).ok_or(ENOENT)?;
         // Those of vCPUs whose creation has failed.
-        vm_directory.vcpus.truncate(index);
+        let vcpus = &mut vm_directory.vcpus;
+        while vcpus.last().is_some_and(|last| last.index >= index) {
+            vcpus.pop();
+        }
         let directory = Directory::new(
             fmt!("vcpu{}", vcpu),
             Parent::Directory(&vm_directory.directory),
             VcpuFiles::new(this.clone(), vm, vcpu),
         )?;
-        vm_directory.vcpus.push(directory, GFP_KERNEL)?;
+        let directory = VcpuDirectory {
+            index,
+            _directory: directory,
+        };
+        vcpus.push(directory, GFP_KERNEL)?;
         Ok(())
     }
 }

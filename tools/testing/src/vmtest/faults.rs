@@ -105,6 +105,7 @@ pub fn tests(vendor: Vendor) -> Vec<Test> {
         Test::new("faults::read", read),
         Test::new("faults::vcpus", move || vcpus(vendor)),
         Test::new("faults::worker", worker),
+        Test::new("faults::vcpu_directory", vcpu_directory),
         Test::new("faults::load", load),
         Test::new("faults::load_with_a_vm", move || load_with_a_vm(vendor)),
         Test::new("faults::load_without_pages", load_without_pages),
@@ -372,6 +373,11 @@ fn vcpus(vendor: Vendor) -> Result<()> {
                 ensure!(has(event, &clamped), "no {clamped} in {event}");
                 if now.missed > before.missed {
                     ensure!(failed, "missed without need: {now:?}");
+                    // If it is known, the worker finds what there was no memory for.
+                    if now.vms == 1 {
+                        let view = interface::only_vm()?;
+                        ensure!(view.vcpus == 2, "not whole after all: {view:?}");
+                    }
                 } else {
                     // Nothing, or nothing that anybody needed.
                     let view = interface::only_vm()?;
@@ -454,6 +460,70 @@ fn worker() -> Result<()> {
         }
         bail!("allocation {nth}: the worker is never one that was armed")
     })
+}
+
+/// A vCPU whose directory could not be made: those of the others stay the vCPUs' own, and are taken
+/// away when the creation of one fails, which may happen again and again.
+fn vcpu_directory() -> Result<()> {
+    let faults = Faults::of_module(EXITPOLICY)?;
+    let device = Device::open()?;
+    let cgroup = Cgroup::new("own")?;
+    let (mut nth, mut idle) = (1, 0);
+    loop {
+        let missed = device.info()?.missed;
+        let workers = faults.arm_workers(nth)?;
+        let mut vmm = Vmm::start(&cgroup)?;
+        let vm = vmm.create_vm()?;
+        for index in 0..3 {
+            vmm.create_vcpu(vm, index)?;
+        }
+        let id = ioctl::vms()?.first().context("no VM")?.id;
+        let directory = |index: u32| sysfs::vm_directory(id).join(format!("vcpu{index}"));
+        let has_missed = || -> Result<bool> { Ok(device.info()?.missed > missed) };
+        ensure!(
+            soon(|| Ok(has_missed()? || directory(2).exists()))?,
+            "allocation {nth}: the worker does nothing"
+        );
+        // It goes on with the next ones at once, if it can.
+        for _ in 0..50 {
+            if !directory(2).exists() {
+                testing::pause();
+            }
+        }
+        let progress = workers.progress();
+        drop(workers);
+        let has_hole = !directory(0).exists() && directory(2).exists();
+        if has_hole {
+            eprintln!("    allocation {nth} was for the directory of the first vCPU");
+            let thread = vmm.thread()?;
+            for turn in 0..5 {
+                // The worker sees it while it is not known that it fails.
+                for index in [3, 4] {
+                    let mut tries = 0;
+                    while !directory(index).exists() {
+                        ensure!(
+                            tries < 100_000,
+                            "turn {turn}: the worker never sees vCPU {index}"
+                        );
+                        tries += 1;
+                        let errno = vmm.fail_to_create_vcpu(thread, vm, index as usize)?;
+                        ensure!(errno == libc::EMFILE, "{errno}");
+                    }
+                }
+                ensure!(!directory(3).exists(), "turn {turn}: one too many");
+            }
+        }
+        vmm.kill()?;
+        interface::ensure_no_vms()?;
+        match progress {
+            _ if has_hole => return Ok(()),
+            Progress::Failed => nth += 1,
+            Progress::Fewer => bail!("none of {nth} allocations was for the first vCPU"),
+            // As in worker().
+            Progress::Idle if idle == 10 => bail!("the worker is never one that was armed"),
+            Progress::Idle => idle += 1,
+        }
+    }
 }
 
 /// The module is loaded, or says why not and leaves nothing behind.
