@@ -352,7 +352,9 @@ impl Engine {
             }
         };
         self.vms.add_vcpu(id, index, new, flags, make, |vm, kvm| {
-            if let Some(kvm) = kvm {
+            // Both look at each vCPU that is known, and there may be thousands to be found: once,
+            // with the last of them.
+            if let Some(kvm) = kvm.filter(|kvm| vm.knows_all_of(*kvm)) {
                 vm.write_flags(kvm, facts.vendor, false);
                 vm.account();
             }

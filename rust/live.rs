@@ -392,7 +392,9 @@ impl Engine {
         let offered = incoming.has_pv_unhalt();
         self.vms.with_key(kvm.key(), |vm, kvm| {
             let native = Exits::from_bits_truncate(kvm?.disabled_exits()).contains(Exits::HLT);
-            let (changed, overridable) = (vm.changed, vm.overridable);
+            let changed = vm.changed && vm.vcpus.len() > index as usize;
+            // What is taken out of a guest's CPUID, where no flag says so, is to be given back.
+            let veils = native || (changed && offered && vm.overridable && vm.hold());
             let known = vm.vcpus.get_mut(index as usize)?;
             if !vcpu.has_run() && !vcpu.in_l2() {
                 known.offered_pv_unhalt = offered;
@@ -402,7 +404,7 @@ impl Engine {
                 known.entered = false;
             } else if !changed {
                 // KVM has made the stored table by the same flags as it will look at this one.
-            } else if native || (offered && overridable) {
+            } else if veils {
                 // KVM takes the bit out of the incoming table, which is its own copy, if the flag is
                 // set when it looks, a moment from now. Without the bit in either of the two, they
                 // are equal whatever happens to the flag until then.
@@ -418,8 +420,9 @@ impl Engine {
                     vm.ask(index as usize, vcpu);
                 }
             } else if offered {
-                // The flag stays as it is while policies are switched off, and so does the guest's
-                // CPUID: better than to hold the module until the vCPU runs.
+                // The flag stays as it is while policies are switched off, or the module is being
+                // unloaded, and so does the guest's CPUID: better than to hold the module until the
+                // vCPU runs.
                 incoming.set_pv_unhalt(stored.has_pv_unhalt());
             }
             vm.account();
@@ -517,7 +520,7 @@ impl Vm {
         self.write_flags(kvm, facts.vendor, false);
         self.account();
         // Flags cannot be written while a vCPU is not known; to ask again at once would be in vain.
-        if undone && self.vcpus.len() >= kvm.online_vcpus() as usize {
+        if undone && self.knows_all_of(kvm) {
             self.stale = true;
         }
         Some(self.stale || self.wants_quiet || in_l2 || was_in_l2)

@@ -277,12 +277,17 @@ impl Vm {
         core::mem::replace(&mut self.process, heir)
     }
 
+    /// Whether all vCPUs that are online are known.
+    pub(crate) fn knows_all_of(&self, kvm: kvm::Vm<'_>) -> bool {
+        self.vcpus.len() >= kvm.online_vcpus() as usize
+    }
+
     /// Brings the flags in step with the vCPUs. `quiet` is whether no CPU looks at a vCPU now.
     pub(crate) fn write_flags(&mut self, kvm: kvm::Vm<'_>, vendor: &dyn Vendor, quiet: bool) {
         // Until one is online, KVM_ENABLE_CAP may be writing them. One that is not known, for lack
         // of memory, may need any of them.
         let online = kvm.online_vcpus() as usize;
-        if online == 0 || self.vcpus.len() < online {
+        if online == 0 || !self.knows_all_of(kvm) {
             return;
         }
         let bits = kvm.disabled_exits();
@@ -320,14 +325,20 @@ impl Vm {
         let home = self.home();
         let differs =
             self.decision.effective != home || self.vcpus.iter().any(|vcpu| vcpu.wanted != home);
-        if differs && self.hold.is_none() {
-            self.hold = hold_module();
-            if self.hold.is_none() {
-                self.resolved = Resolved::UNRESTRICTED;
-                self.overridable = false;
-                self.decide(supported);
-            }
+        if differs && !self.hold() {
+            self.resolved = Resolved::UNRESTRICTED;
+            self.overridable = false;
+            self.decide(supported);
         }
+    }
+
+    /// Holds the module, until [`Vm::account`] finds no need for it. Returns whether it is held:
+    /// not if it is being unloaded.
+    pub(crate) fn hold(&mut self) -> bool {
+        if self.hold.is_none() {
+            self.hold = hold_module();
+        }
+        self.hold.is_some()
     }
 
     /// Holds the module while the VM is not as it would be without it, or will not be.
@@ -343,10 +354,10 @@ impl Vm {
                     || self.target(vcpu) != at_home
                     || (!any_hlt && self.lacks_pv_unhalt(vcpu))
             });
-        if !differs {
+        if differs {
+            self.hold();
+        } else {
             self.hold = None;
-        } else if self.hold.is_none() {
-            self.hold = hold_module();
         }
     }
 
