@@ -355,6 +355,8 @@ impl Engine {
             // Both look at each vCPU that is known, and there may be thousands to be found: once,
             // with the last of them.
             if let Some(kvm) = kvm.filter(|kvm| vm.knows_all_of(*kvm)) {
+                // Who gives the VM an override may not have come to it yet.
+                vm.secure(facts.supported);
                 vm.write_flags(kvm, facts.vendor, false);
                 vm.account();
             }
@@ -458,11 +460,25 @@ impl Engine {
         });
     }
 
-    /// Takes note of a vCPU that is being freed.
+    /// Takes note of a vCPU that is being freed: an online one with its VM, or one whose creation has
+    /// failed. Atomic context.
     pub(crate) fn vcpu_freed(&self, vcpu: kvm::Vcpu<'_>) {
         if let Some(vm) = vcpu.vm() {
             self.probe.vcpu_freed(vm.key(), vcpu);
-            self.vms.vcpu_freed(vm.key(), vcpu.index());
+            let facts = self.facts();
+            self.vms
+                .with_key(vm.key(), |vm, kvm| match (vcpu.index(), kvm) {
+                    // Its creation has failed. What the flags had to be for it they need not be any more.
+                    (None, Some(kvm)) => {
+                        vm.truncate(kvm.online_vcpus() as usize);
+                        if let Some(facts) = facts {
+                            vm.write_flags(kvm, facts.vendor, false);
+                            vm.account();
+                        }
+                    }
+                    // It goes with its VM.
+                    _ => vm.dying = true,
+                });
         }
     }
 

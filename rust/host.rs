@@ -184,8 +184,9 @@ impl Host {
             // must outlast whoever touches them.
             self.admin.settle();
             self.admin.engine().vms.clear();
-            // Waits for handlers that run.
+            // Waits for handlers that run, of which some may have had the facts still.
             drop(detached);
+            self.admin.engine().vms.clear();
             Admin::wake(&self.admin);
         }
     }

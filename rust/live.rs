@@ -124,7 +124,7 @@ impl Engine {
                     // all, in a way that no hook tells of.
                     let online = kvm.online_vcpus();
                     if kvm.created_vcpus() == online as c_int {
-                        vm.vcpus.truncate(online as usize);
+                        vm.truncate(online as usize);
                     }
                 }
                 if let Some((cgroup, resolved)) = policies {
@@ -393,8 +393,10 @@ impl Engine {
         self.vms.with_key(kvm.key(), |vm, kvm| {
             let native = Exits::from_bits_truncate(kvm?.disabled_exits()).contains(Exits::HLT);
             let changed = vm.changed && vm.vcpus.len() > index as usize;
-            // What is taken out of a guest's CPUID, where no flag says so, is to be given back.
-            let veils = native || (changed && offered && vm.overridable && vm.hold());
+            // What is taken out of a guest's CPUID is to be given back, unless the flag will be set
+            // when the module has gone.
+            let may_be = vm.halts_at_home() || (vm.overridable && vm.hold());
+            let veils = native || (changed && offered && may_be);
             let known = vm.vcpus.get_mut(index as usize)?;
             if !vcpu.has_run() && !vcpu.in_l2() {
                 known.offered_pv_unhalt = offered;
@@ -501,19 +503,22 @@ impl Vm {
             };
         }
         let known = *self.vcpus.get(index)?;
-        let restore = self.shall_get_pv_unhalt(&known);
+        let pv_unhalt = self.pv_unhalt_to_be(&known);
         let native = Exits::from_bits_truncate(kvm.disabled_exits()).contains(Exits::HLT);
-        let unveil = known.veiled && !native;
+        let unveil = known.veiled && !native && (self.overridable || !self.halts_at_home());
         let known = self.vcpus.get_mut(index)?;
         known.entered = true;
         known.in_l2 = in_l2;
         known.outside = false;
         known.veiled = false;
-        if restore || unveil {
-            stored.set_pv_unhalt(true);
-            // SAFETY: As above.
-            unsafe { vcpu.tell_pv_unhalt() };
-            known.has_pv_unhalt = true;
+        if let Some(on) = pv_unhalt.or(unveil.then_some(true)) {
+            stored.set_pv_unhalt(on);
+            known.has_pv_unhalt = on;
+            // A guest that has learned of it, and from which only the bit is taken, goes on kicking.
+            if on {
+                // SAFETY: As above.
+                unsafe { vcpu.tell_pv_unhalt() };
+            }
         }
         let undone = !in_l2 && known.in_force != target;
 

@@ -186,23 +186,31 @@ pub(crate) struct New {
 }
 
 impl Vm {
-    /// Whether what the vCPU's guest reads in CPUID is not what its VMM wanted and would have to
-    /// repeat, once no vCPU shall have `hlt`.
-    fn lacks_pv_unhalt(&self, vcpu: &Vcpu) -> bool {
-        vcpu.offered_pv_unhalt && !vcpu.has_pv_unhalt && !self.keep.contains(Exits::HLT)
+    /// Whether its vCPUs may halt natively once the VM has what it has by itself.
+    pub(crate) fn halts_at_home(&self) -> bool {
+        let flags = self.limits.target(self.home(), self.flags);
+        (flags | self.keep).contains(Exits::HLT)
     }
 
-    /// Whether the vCPU's guest is to read in CPUID what its VMM wanted, as the VM gets back what it
-    /// has by itself.
-    pub(crate) fn shall_get_pv_unhalt(&self, vcpu: &Vcpu) -> bool {
-        // What each vCPU has as its target then: there may be thousands, and this is asked of each.
-        let stays = (self.home() & !self.limits.forbidden) | self.limits.fixed;
-        !self.overridable && !stays.contains(Exits::HLT) && self.lacks_pv_unhalt(vcpu)
+    /// Whether what the vCPU's guest reads in CPUID is not what KVM will compare what its VMM repeats
+    /// with, once the VM has what it has by itself.
+    fn differs_in_pv_unhalt(&self, vcpu: &Vcpu) -> bool {
+        if self.halts_at_home() {
+            vcpu.has_pv_unhalt
+        } else {
+            vcpu.offered_pv_unhalt && !vcpu.has_pv_unhalt
+        }
+    }
+
+    /// What the vCPU's guest is to read in CPUID of PV_UNHALT, if that is to change, as the VM gets
+    /// back what it has by itself.
+    pub(crate) fn pv_unhalt_to_be(&self, vcpu: &Vcpu) -> Option<bool> {
+        (!self.overridable && self.differs_in_pv_unhalt(vcpu)).then_some(!vcpu.has_pv_unhalt)
     }
 
     /// Whether the vCPU has to go through the hook.
     pub(crate) fn has_to_change(&self, vcpu: &Vcpu) -> bool {
-        !vcpu.sure || vcpu.in_force != self.target(vcpu) || self.shall_get_pv_unhalt(vcpu)
+        !vcpu.sure || vcpu.in_force != self.target(vcpu) || self.pv_unhalt_to_be(vcpu).is_some()
     }
 
     /// Calls `work` with KVM's structure, unless that must not be used any more. In the table, under
@@ -277,6 +285,12 @@ impl Vm {
         core::mem::replace(&mut self.process, heir)
     }
 
+    /// Forgets vCPUs that were not made after all.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        self.vcpus.truncate(len);
+        self.published = self.published.min(len);
+    }
+
     /// Whether all vCPUs that are online are known.
     pub(crate) fn knows_all_of(&self, kvm: kvm::Vm<'_>) -> bool {
         self.vcpus.len() >= kvm.online_vcpus() as usize
@@ -344,15 +358,13 @@ impl Vm {
     /// Holds the module while the VM is not as it would be without it, or will not be.
     pub(crate) fn account(&mut self) {
         let home = self.home();
-        let hlt = |vcpu: &Vcpu| self.target(vcpu).contains(Exits::HLT);
-        let any_hlt = self.vcpus.iter().any(hlt);
         let differs = self.flags != self.limits.target(home, self.flags)
             || self.vcpus.iter().any(|vcpu| {
                 let at_home = self.limits.target(home, vcpu.in_force);
                 !vcpu.sure
                     || vcpu.in_force != at_home
                     || self.target(vcpu) != at_home
-                    || (!any_hlt && self.lacks_pv_unhalt(vcpu))
+                    || self.differs_in_pv_unhalt(vcpu)
             });
         if differs {
             self.hold();
@@ -580,8 +592,7 @@ impl Vms {
                     return Step::Done(Err(EAGAIN));
                 }
                 if replace {
-                    vm.vcpus.truncate(index);
-                    vm.published = vm.published.min(index);
+                    vm.truncate(index);
                 } else if vm.vcpus.len() > index {
                     return Step::Done(Ok(()));
                 }
@@ -610,15 +621,6 @@ impl Vms {
                 }
             }
         }
-    }
-
-    /// Takes note that a vCPU is being freed: an online one with its VM, or one whose creation has
-    /// failed. Atomic context.
-    pub(crate) fn vcpu_freed(&self, key: usize, index: Option<u32>) {
-        self.with_key(key, |vm, kvm| match (index, kvm) {
-            (None, Some(kvm)) => vm.vcpus.truncate(kvm.online_vcpus() as usize),
-            _ => vm.dying = true,
-        });
     }
 
     /// Never touches the VMs that there are again.
@@ -704,8 +706,9 @@ impl Vms {
     /// The next vCPU that has no directory yet, with its VM's id and its index. The caller is about
     /// to make it one.
     pub(crate) fn next_vcpu_to_publish(&self) -> Option<(u64, usize, u32)> {
-        let mut tables = self.tables.lock();
         loop {
+            // Anew for each VM: there may be thousands without anything to be done.
+            let mut tables = self.tables.lock();
             let from = tables.unpublished_vcpu;
             let published = tables.published;
             let Some(mut cursor) = tables.by_id.cursor_lower_bound_mut(&from) else {

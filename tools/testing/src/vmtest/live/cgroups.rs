@@ -118,7 +118,15 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new(
             "live::vmm::cpuid_of_two_hypervisors",
             cpuid_of_two_hypervisors,
-        ),
+        )
+        // VMX refuses `hlt` to who could tell.
+        .ignored(vendor == Vendor::Vmx),
+        Test::new("live::vmm::cpuid_of_withheld_hlt", move || {
+            cpuid_of_withheld_hlt(vendor)
+        }),
+        Test::new("live::vmm::vcpu_fails_meanwhile", move || {
+            vcpu_fails_meanwhile(vendor)
+        }),
         Test::new("live::vmm::cpuid_repeated_meanwhile", move || {
             cpuid_repeated_meanwhile(vendor)
         })
@@ -558,9 +566,9 @@ fn woken_by_the_vmm(rig: &mut Rig) -> Result<()> {
 fn many_vcpus(vendor: Vendor) -> Result<()> {
     const VCPUS: usize = 64;
     const BLOCKED: Range<usize> = 0..40;
-    const NATIVE: Range<usize> = 40..55;
-    const WAKER: usize = 55;
-    const RUNNER: usize = 56;
+    const NATIVE: Range<usize> = 40..43;
+    const WAKER: usize = 43;
+    const RUNNER: usize = 44;
     let all = changeable(vendor)?;
     let cgroup = Cgroup::new("own")?;
     let make = Make {
@@ -665,8 +673,9 @@ fn many_vcpus(vendor: Vendor) -> Result<()> {
     ensure!(view.vcpus == VCPUS as u32, "{view:?}");
     for index in BLOCKED.chain(NATIVE) {
         wake(&mut rig, index, 2)?;
-        let report = rig.vmm.stop(rig.vcpus[index])?;
-        ensure!(report.stuck_at.is_none(), "vCPU {index}: {report:?}");
+        rig.vmm
+            .stop(rig.vcpus[index])
+            .with_context(|| format!("vCPU {index}"))?;
         let view = rig.view()?;
         let vcpu = view.vcpu(index as u32)?;
         ensure!(
@@ -737,6 +746,104 @@ fn cpuid_repeated(vendor: Vendor) -> Result<()> {
     Ok(())
 }
 
+/// The same where a policy withheld what the VMM asked for, so that KVM told the guest of PV_UNHALT,
+/// which it will not do once the VM has its own. VMX refuses that to a guest that could tell.
+fn cpuid_of_withheld_hlt(vendor: Vendor) -> Result<()> {
+    let cgroup = Cgroup::new("own")?;
+    for unload in [false, true] {
+        ioctl::set_policy(&cgroup, Exits::NONE, Exits::NONE)?;
+        let make = Make {
+            vcpus: 2,
+            requested: Exits::HLT,
+            pv_unhalt: true,
+            ..Make::default()
+        };
+        let mut rig = Rig::new(vendor, &cgroup, make)?;
+        let repeat = |rig: &mut Rig, when: &str| -> Result<()> {
+            for vcpu in rig.vcpus.clone() {
+                rig.vmm
+                    .act(vcpu, Action::SetCpuid)
+                    .with_context(|| when.to_string())?;
+                rig.vmm.run(vcpu, Work::new(Payload::Hlt, 3))?;
+            }
+            Ok(())
+        };
+        for vcpu in rig.vcpus.clone() {
+            let report = rig.vmm.run(vcpu, Work::new(Payload::Hlt, 3))?;
+            ensure!(report.pv_unhalt, "not told of PV_UNHALT: {report:?}");
+        }
+        if !unload {
+            repeat(&mut rig, "withheld")?;
+            ioctl::set_policy(&cgroup, Exits::NONE, Exits::ALL)?;
+            repeat(&mut rig, "allowed")?;
+            ioctl::clear_policy(&cgroup)?;
+            repeat(&mut rig, "as asked for")?;
+            ioctl::set_policy(&cgroup, Exits::NONE, Exits::NONE)?;
+            repeat(&mut rig, "withheld again")?;
+        }
+        ioctl::clear_policy(&cgroup)?;
+        let off = SwitchedOff::new()?;
+        for vcpu in rig.vcpus.clone() {
+            rig.vmm.run(vcpu, Work::new(Payload::Hlt, 3))?;
+        }
+        let own = rig.view()?.vcpu(0)?.in_force.contains(Exits::HLT);
+        ensure!(own == (vendor == Vendor::Svm), "hlt: {own}");
+        if unload {
+            interface::drain()?;
+            modules::unload(EXITPOLICY)?;
+            repeat(&mut rig, "without the module")?;
+            modules::load(EXITPOLICY)?;
+        } else {
+            repeat(&mut rig, "off")?;
+        }
+        drop(off);
+        rig.end()?;
+    }
+    Ok(())
+}
+
+/// Policies come and go while vCPUs are being made that fail in the end: nothing is kept for them,
+/// and the module is held no longer.
+fn vcpu_fails_meanwhile(vendor: Vendor) -> Result<()> {
+    let rounds = if is_slow_host()? { 20 } else { 200 };
+    let cgroup = Cgroup::new("own")?;
+    let mut rig = Rig::pair(vendor, &cgroup)?;
+    let device = Device::open()?;
+    let thread = rig.vmm.thread()?;
+    let next = rig.vcpus.len();
+    let mut failures = 0;
+    for round in 0..rounds {
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| -> Result<()> {
+            let changer = scope.spawn(|| {
+                let result = ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)
+                    .and_then(|()| ioctl::clear_policy(&cgroup));
+                done.store(true, Ordering::Release);
+                result
+            });
+            let mut result = Ok(());
+            while result.is_ok() && !done.load(Ordering::Acquire) {
+                failures += 1;
+                result = match rig.vmm.fail_to_create_vcpu(thread, rig.vm, next) {
+                    Ok(libc::EMFILE) => Ok(()),
+                    other => Err(anyhow!("KVM_CREATE_VCPU: {other:?}")),
+                };
+            }
+            changer
+                .join()
+                .map_err(|_| anyhow!("the thread panicked"))??;
+            result
+        })?;
+        ensure!(
+            soon(|| Ok(device.info()?.holding == 0))?,
+            "round {round}: {:?}",
+            device.info()?
+        );
+    }
+    eprintln!("    {failures} vCPUs failed");
+    rig.end()
+}
+
 /// The same with leaves of KVM's at two bases, the higher one first in the table: KVM uses the lower
 /// one.
 fn cpuid_of_two_hypervisors() -> Result<()> {
@@ -775,8 +882,9 @@ fn cpuid_of_two_hypervisors() -> Result<()> {
         vcpu.run(work, &give_up)?;
     }
     // The guest is told again what it was.
-    Device::open()?.set_enabled(false)?;
+    let off = SwitchedOff::new()?;
     ensure!(vcpu.run(work, &give_up)?.pv_unhalt, "not told again");
+    drop(off);
     drop((vcpu, vm));
     interface::ensure_no_vms()
 }
@@ -802,6 +910,8 @@ fn cpuid_repeated_meanwhile(vendor: Vendor) -> Result<()> {
     let device = Device::open()?;
     for round in 0..4 {
         rig.set(None, Exits::HLT)?;
+        let wanted = rig.view()?.vcpu(0)?.wanted;
+        ensure!(wanted.contains(Exits::HLT), "{wanted} is wanted");
         rig.reset(None)?;
         for _ in 0..round {
             rig.vmm.act(vcpu, Action::SetCpuid)?;
