@@ -3,6 +3,8 @@
 //! Cgroups of the default hierarchy, made for a test and removed with it.
 
 use std::{
+    collections::BTreeSet,
+    ffi::OsString,
     fs::{
         self,
         File, //
@@ -108,6 +110,18 @@ impl Drop for Cgroup {
             eprintln!("cannot remove {}: {error}", self.directory.display());
         }
     }
+}
+
+/// The names of the cgroups below the root.
+pub fn children_of_root() -> Result<BTreeSet<OsString>> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(CGROUP2)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            names.insert(entry.file_name());
+        }
+    }
+    Ok(names)
 }
 
 /// Removes a cgroup, and waits for the last of its processes: a killed one leaves its cgroup a

@@ -235,16 +235,25 @@ impl Vmm {
         }
     }
 
-    /// Stops a vCPU that runs in the background.
+    /// Stops a vCPU that runs in the background. Fails if its guest is stuck.
     pub fn stop(&mut self, vcpu: Thread) -> Result<Report> {
         let vcpu = vcpu.number;
-        self.report(&Request::Stop { vcpu })
+        self.ended_well(&Request::Stop { vcpu })
     }
 
-    /// Waits for the end of a run in the background.
+    /// Waits for the end of a run in the background. Fails if its guest is stuck.
     pub fn wait(&mut self, vcpu: Thread) -> Result<Report> {
         let vcpu = vcpu.number;
-        self.report(&Request::Wait { vcpu })
+        self.ended_well(&Request::Wait { vcpu })
+    }
+
+    fn ended_well(&mut self, request: &Request) -> Result<Report> {
+        let report = self.report(request)?;
+        ensure!(
+            report.stuck_at.is_none(),
+            "the guest is stuck, {request:?}: {report:?}"
+        );
+        Ok(report)
     }
 
     /// Whether a run in the background has ended, so that waiting for it takes no time.

@@ -605,13 +605,15 @@ pub fn ensure_no_vms() -> Result<()> {
     Ok(())
 }
 
-/// Fails unless there is neither VM nor policy, in any interface, a moment from now at the latest.
+/// Fails unless there is neither VM nor policy, in any interface, a moment from now at the latest, or
+/// if policies are switched off.
 pub fn ensure_empty() -> Result<()> {
     let device = Device::open()?;
     let empty = soon(|| {
         let info = device.info()?;
         let sysfs = sysfs::vm_ids()?.is_empty() && sysfs::policy_ids()?.is_empty();
-        Ok(sysfs && (info.vms, info.policies, info.pending, info.holding) == (0, 0, 0, 0))
+        let counts = (info.vms, info.policies, info.pending, info.holding);
+        Ok(sysfs && counts == (0, 0, 0, 0) && info.enabled == 1)
     })?;
     ensure!(
         empty,

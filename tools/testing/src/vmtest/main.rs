@@ -39,7 +39,8 @@ use testing::{
         EXITPOLICY, //
     },
     resets,
-    server, //
+    server,
+    uapi::Device, //
 };
 
 mod bad_input;
@@ -154,15 +155,25 @@ fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<()> {
     ensure_lockdep_looks().context("before the test")?;
     if !stock {
         modules::load_both()?;
+        // Of one that failed.
+        Device::open()?.set_enabled(true)?;
         interface::ensure_empty().context("before the test")?;
     }
     if is_qemu() {
         keep_tracepoint().context("the tracepoint for exits")?;
     }
+    let cgroups = testing::cgroup::children_of_root()?;
     let mut result = body();
     if !stock {
         let after = interface::ensure_empty().context("after the test");
         result = result.and(after);
+    }
+    let left: Vec<_> = testing::cgroup::children_of_root()?
+        .difference(&cgroups)
+        .cloned()
+        .collect();
+    if !left.is_empty() {
+        result = result.and(Err(anyhow!("cgroups are left: {left:?}")));
     }
     let lines = log.lines()?;
     let bad = bad_lines(&lines);

@@ -315,8 +315,7 @@ impl Nested {
     }
 
     fn end(mut self) -> Result<()> {
-        let report = self.rig.vmm.stop(self.rig.vcpus[0])?;
-        ensure!(report.stuck_at.is_none(), "{report:?}");
+        self.rig.vmm.stop(self.rig.vcpus[0])?;
         self.ensure_well()?;
         self.rig.end()
     }
