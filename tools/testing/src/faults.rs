@@ -12,6 +12,8 @@ use std::{
         Path,
         PathBuf, //
     }, //
+    thread,
+    time::Duration,
 };
 
 use anyhow::{
@@ -327,7 +329,9 @@ pub fn ensure_no_leaks(module: &str) -> Result<()> {
 }
 
 fn ensure_none_lost(is_ours: impl Fn(&str) -> bool) -> Result<()> {
-    // An object is told of when it was seen lost in two scans.
+    // An object is told of when it was seen lost in two scans, and is five seconds old
+    // (mm/kmemleak.c: MSECS_MIN_AGE).
+    thread::sleep(Duration::from_millis(5_500));
     for _ in 0..2 {
         fs::write(KMEMLEAK, "scan")?;
     }

@@ -702,6 +702,14 @@ impl File {
         ["enabled", "attach", "detach", "disable", "allow"].contains(&self.name())
     }
 
+    /// Whether everybody may read it.
+    pub fn is_public(&self) -> bool {
+        matches!(
+            self,
+            Self::Top("vendor" | "supported" | "floor" | "enabled")
+        )
+    }
+
     /// What it may depend on the state to say when it is written.
     pub fn dependent(&self) -> BTreeSet<i32> {
         let errors: &[i32] = match self {

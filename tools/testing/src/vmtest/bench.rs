@@ -17,7 +17,12 @@ use figures::{
         POLICIES,
         WHOLE, //
     },
-    idle::slack,
+    idle::{
+        slack,
+        BOTH_HALT,
+        CPUID,
+        SELF_IPI, //
+    },
     Figure,
     Unit, //
 };
@@ -51,6 +56,9 @@ fn idle_costs_nothing() -> Result<()> {
         cases.push((figure.case, figure.median));
     }
     eprintln!("    {by_name:?}");
+    for name in [CPUID, SELF_IPI, BOTH_HALT] {
+        ensure!(by_name.contains_key(name), "no figures for {name}");
+    }
     for (name, cases) in by_name {
         let without = cases[0].1;
         let slack = slack(&name, without);

@@ -26,6 +26,7 @@ use testing::{
         self,
         Cgroup, //
     },
+    client::Vmm,
     interface::{
         self,
         ioctl,
@@ -104,6 +105,10 @@ fn namespaces() -> Result<()> {
     let child = inside.child("child")?;
     let outside = Cgroup::new("outside")?;
     ioctl::set_policy(&outside, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&outside)?;
+    let vm = vmm.create_vm()?;
+    vmm.create_vcpu(vm, 0)?;
+    let cgroup_of_vm = sysfs::vm_directory(interface::only_vm()?.id).join("cgroup");
     let path_of = |cgroup: &Cgroup| interface::read(sysfs::policy_directory(cgroup)?.join("path"));
     in_child(|| {
         inside.add_process(getpid().as_raw())?;
@@ -116,10 +121,16 @@ fn namespaces() -> Result<()> {
                 wrong.push(format!("{path}, should be {expected}"));
             }
         }
+        let path = interface::read(&cgroup_of_vm)?;
+        if path != "hidden" {
+            wrong.push(format!("the VM's {path}, should be hidden"));
+        }
         Ok(wrong)
     })?;
     let path = path_of(&child)?;
     ensure!(path == child.path(), "outside of it: {path}");
+    vmm.kill()?;
+    interface::ensure_no_vms()?;
     Ok(())
 }
 

@@ -388,6 +388,11 @@ fn vcpus(vendor: Vendor) -> Result<()> {
                 }
                 let is_unknown = has(event, "vm=0");
                 unknown += u32::from(is_unknown);
+                if is_unknown {
+                    // What its flags were when it was found: it was clamped while it was unknown.
+                    let view = interface::only_vm()?;
+                    ensure!(view.requested.is_empty(), "not clamped: {view:?}");
+                }
                 let effective = if is_unknown { floor } else { whole };
                 let effective = format!("effective={effective}");
                 ensure!(has(event, &effective), "no {effective} in {event}");

@@ -1437,6 +1437,8 @@ impl Hands<'_> {
                 "took {} bytes of somebody who may not",
                 came.length
             ))
+        } else if !privileged && !writes && came.length > 0 && !it.file.is_public() {
+            Err(anyhow::anyhow!("somebody has read it who may not"))
         } else {
             ensure_access_allowed(&it, &came, &dependent)
         };

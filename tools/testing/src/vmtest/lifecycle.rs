@@ -208,6 +208,7 @@ fn made_for_another_build() -> Result<()> {
 fn no_sysfs() -> Result<()> {
     modules::unload(EXITPOLICY)?;
     let image = modules::image()?;
+    let mut log = KernelLog::from_now()?;
     // In a mount namespace of its own, which is gone with the thread.
     let result = std::thread::spawn(move || -> Result<nix::Result<()>> {
         unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)?;
@@ -219,6 +220,9 @@ fn no_sysfs() -> Result<()> {
     .join()
     .map_err(|_| anyhow!("the thread panicked"))??;
     ensure!(result == Err(Errno::ENOENT), "{result:?}");
+    let mut lines = log.lines()?;
+    lines.retain(|line| line.starts_with(EXITPOLICY));
+    ensure!(lines.len() == 1, "the log does not say why: {lines:?}");
     nothing_hooked()?;
     modules::load(EXITPOLICY)
 }
@@ -375,7 +379,11 @@ fn every_order(vendor: Vendor, rounds: usize) -> Result<()> {
     unload_soon(vendor.module())?;
     let churn = Churn::start(&cgroup)?;
     let mut decided = 0;
-    for round in 0..rounds {
+    for round in 0..4 * rounds {
+        // Until a VM has met the module, too.
+        if round >= rounds && decided > 0 {
+            break;
+        }
         for step in ORDERS[round % ORDERS.len()] {
             let result = match step {
                 Step::LoadVendor => modules::load(vendor.module()),
@@ -398,6 +406,7 @@ fn every_order(vendor: Vendor, rounds: usize) -> Result<()> {
     modules::load_both()?;
     eprintln!("    {churned:?}; {decided} of them listed when the module went");
     ensure!(churned.vms >= rounds, "too few VMs were made meanwhile");
+    ensure!(decided > 0, "no VM met the module");
     // The host still works.
     ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
     let mut vmm = Vmm::start(&cgroup)?;

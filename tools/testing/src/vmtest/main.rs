@@ -7,7 +7,8 @@
 use std::{
     fs,
     path::Path,
-    process::ExitCode, //
+    process::ExitCode,
+    sync::Mutex, //
 };
 
 use anyhow::{
@@ -102,19 +103,41 @@ impl Test {
         } = self;
         let run = move || {
             resets::forget();
-            let result = run(stock, &body).or_else(|error| match emulators_reset() {
-                Some(reset) => {
+            let result = run(stock, &body).and_then(|outcome| match (outcome, emulators_reset()) {
+                (Err(error), Some(reset)) => {
+                    // At the beginning of a line, where `run` looks for it.
                     eprintln!(
-                        "    REPEATED, as the emulator has reset a guest: {reset}: {error:#}"
+                        "\n    REPEATED, as the emulator has reset a guest: {reset}: {error:#}"
                     );
-                    run(stock, &body)
+                    run(stock, &body)?
                 }
-                None => Err(error),
+                (outcome, _) => outcome,
             });
             result.map_err(|error| Failed::from(format!("{error:?}")))
         };
         Trial::test(name, run).with_ignored_flag(self.ignored)
     }
+}
+
+/// What the kernel says, from its boot on: each line is somebody's, whatever is run.
+static LOG: Mutex<Option<KernelLog>> = Mutex::new(None);
+
+/// Fails if the kernel has complained since the last look.
+fn ensure_no_complaint() -> Result<()> {
+    let mut log = LOG.lock().map_err(|_| anyhow!("a test panicked"))?;
+    let log = match &mut *log {
+        Some(log) => log,
+        none => none.insert(KernelLog::from_boot()?),
+    };
+    let lines = log.lines()?;
+    let bad = bad_lines(&lines);
+    ensure!(
+        bad.is_empty(),
+        "the kernel complained: {}\nits log:\n{}",
+        bad[0],
+        lines.join("\n")
+    );
+    Ok(())
 }
 
 fn is_qemu() -> bool {
@@ -149,9 +172,10 @@ fn keep_tracepoint() -> Result<()> {
     Ok(())
 }
 
-/// Runs one test in clean surroundings.
-fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<()> {
-    let mut log = KernelLog::from_now()?;
+/// Runs one test in clean surroundings. Gives what came of it, unless the kernel complained, which
+/// no second try undoes.
+fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<Result<()>> {
+    ensure_no_complaint().context("before the test")?;
     ensure_lockdep_looks().context("before the test")?;
     if !stock {
         modules::load_both()?;
@@ -175,17 +199,11 @@ fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<()> {
     if !left.is_empty() {
         result = result.and(Err(anyhow!("cgroups are left: {left:?}")));
     }
-    let lines = log.lines()?;
-    let bad = bad_lines(&lines);
-    if !bad.is_empty() {
-        let all = lines.join("\n");
-        let error = anyhow!("the kernel complained: {}\nits log:\n{all}", bad[0]);
-        result = match result {
-            Ok(()) => Err(error),
-            Err(other) => Err(error.context(format!("{other:?}"))),
-        };
+    match (ensure_no_complaint(), result) {
+        (Ok(()), result) => Ok(result),
+        (Err(complaint), Ok(())) => Err(complaint),
+        (Err(complaint), Err(other)) => Err(complaint.context(format!("{other:?}"))),
     }
-    result
 }
 
 /// Whether this is one of those hosts, known by their little memory, whose emulator needs minutes
@@ -289,7 +307,14 @@ fn main() -> ExitCode {
     match tests().and_then(|tests| from(tests, std::env::var(FROM).ok())) {
         Ok(tests) => {
             let trials = tests.into_iter().map(Test::into_trial).collect();
-            libtest_mimic::run(&arguments, trials).exit_code()
+            let conclusion = libtest_mimic::run(&arguments, trials);
+            match ensure_no_complaint().context("after the last test") {
+                Err(error) if !arguments.list => {
+                    eprintln!("{error:?}");
+                    ExitCode::FAILURE
+                }
+                _ => conclusion.exit_code(),
+            }
         }
         Err(error) => {
             eprintln!("cannot test here: {error:#}");

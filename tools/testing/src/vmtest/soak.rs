@@ -44,6 +44,7 @@ use testing::{
     },
     kernel_log::{
         bad_lines,
+        ensure_lockdep_looks,
         KernelLog, //
     },
     modules::{
@@ -181,6 +182,7 @@ pub fn soak(minutes: u64) -> Result<()> {
     let leaks = Path::new(KMEMLEAK).exists();
     let leaks = leaks.then(|| Leaks::from_now(EXITPOLICY));
     let leaks = leaks.transpose().context("kmemleak")?;
+    let mut log = KernelLog::from_now()?;
     let shared = Shared::default();
     let device = Device::open()?;
     let missed = device.info()?.missed;
@@ -242,7 +244,7 @@ pub fn soak(minutes: u64) -> Result<()> {
                 })
             }),
         ];
-        let told = tell(shared, &device, minutes, missed);
+        let told = tell(shared, &device, &mut log, minutes, missed);
         shared.ended.store(true, Relaxed);
         let join = |side: thread::ScopedJoinHandle<'_, Result<()>>| {
             side.join()
@@ -271,6 +273,7 @@ pub fn soak(minutes: u64) -> Result<()> {
     modules::unload(EXITPOLICY).context("rmmod")?;
     modules::load(EXITPOLICY)?;
     interface::ensure_empty().context("loaded again")?;
+    ensure_quiet(&mut log)?;
     println!("soak: {minutes} minutes, nothing was lost and nothing is left");
     Ok(())
 }
@@ -313,9 +316,14 @@ fn growth(before: &Objects, now: &Objects) -> (u64, String) {
 
 /// A line a minute. Fails as soon as there is something that must not be. Says what memory there was
 /// after the first one, when caches are filled.
-fn tell(shared: &Shared, device: &Device, minutes: u64, missed: u64) -> Result<Objects> {
+fn tell(
+    shared: &Shared,
+    device: &Device,
+    log: &mut KernelLog,
+    minutes: u64,
+    missed: u64,
+) -> Result<Objects> {
     let mut first = None;
-    let mut log = KernelLog::from_now()?;
     let heads = [
         "minute", "VMs", "changes", "wake-ups", "cgroups", "reads", "missed", "objects", "leaks",
         "resets",
@@ -345,9 +353,7 @@ fn tell(shared: &Shared, device: &Device, minutes: u64, missed: u64) -> Result<O
             resets,
         ];
         println!("{}", numbers.map(|number| format!("{number:>9}")).concat());
-        let lines = log.lines()?;
-        let bad = bad_lines(&lines);
-        ensure!(bad.is_empty(), "the kernel complained: {bad:#?}");
+        ensure_quiet(log)?;
         ensure!(
             info.missed == missed,
             "{} were missed",
@@ -360,4 +366,12 @@ fn tell(shared: &Shared, device: &Device, minutes: u64, missed: u64) -> Result<O
         );
     }
     first.context("no time at all")
+}
+
+/// Fails if the kernel has complained.
+fn ensure_quiet(log: &mut KernelLog) -> Result<()> {
+    let lines = log.lines()?;
+    let bad = bad_lines(&lines);
+    ensure!(bad.is_empty(), "the kernel complained: {bad:#?}");
+    ensure_lockdep_looks()
 }

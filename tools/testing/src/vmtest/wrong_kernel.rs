@@ -602,6 +602,9 @@ fn refused_by_loader(image: &[u8]) -> Result<Errno> {
     lines.retain(|line| line.contains(EXITPOLICY));
     eprintln!("    {errno}: {}", lines.first().map_or("", String::as_str));
     ensure!(!lines.is_empty(), "{errno}, and the log does not say why");
+    // What the module itself would say.
+    let module = lines.iter().find(|line| line.contains(" has build id "));
+    ensure!(module.is_none(), "the loader has taken it: {lines:?}");
     nothing_hooked()?;
     Ok(errno)
 }
