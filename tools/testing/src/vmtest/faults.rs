@@ -195,7 +195,30 @@ fn policy() -> Result<()> {
                 Ok(())
             },
         )?;
-        faults.each(|| set(Exits::NONE, Exits::HLT), ensure_worked)?;
+        faults.each(
+            || set(Exits::NONE, Exits::HLT),
+            |outcome| {
+                ensure_worked(outcome)?;
+                let changed = ioctl::policy(&cgroup)?;
+                ensure!(changed == Some((Exits::NONE, Exits::HLT)), "{changed:?}");
+                ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)
+            },
+        )?;
+        faults.each(
+            || {
+                let argument = uapi::Policy {
+                    cgroup_fd: testing::cgroup::fd_of(&directory),
+                    ..Default::default()
+                };
+                Ok(device.policy(uapi::CLEAR_POLICY, argument).map(drop)?)
+            },
+            |outcome| {
+                ensure_worked(outcome)?;
+                let left = ioctl::policy(&cgroup)?;
+                ensure!(left.is_none(), "{left:?}");
+                ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)
+            },
+        )?;
         ioctl::clear_policy(&cgroup)?;
         Ok(failed)
     })
@@ -305,6 +328,7 @@ fn overriding(vendor: Vendor) -> Result<()> {
     let id = interface::only_vm()?.id;
     vmm.start_run(vcpu, Work::new(Payload::Hlt, u32::MAX))?;
     let device = Device::open()?;
+    let floor = floor(vendor)?;
     for disable in [Exits::HLT, Exits::NONE] {
         let argument = uapi::Override {
             vm: id,
@@ -313,11 +337,19 @@ fn overriding(vendor: Vendor) -> Result<()> {
         };
         faults.each(
             || Ok(device.overriding(uapi::SET_VM, argument)?),
-            ensure_worked,
+            |outcome| {
+                ensure_worked(outcome)?;
+                let view = interface::only_vm()?;
+                let in_force = view.vcpu(0)?.in_force;
+                ensure!(
+                    view.effective == floor | disable && in_force == floor | disable,
+                    "{view:?}"
+                );
+                // For the next time.
+                Ok(ioctl::set_override(id, None, Exits::HLT & !disable).map(drop)?)
+            },
         )?;
     }
-    let effective = interface::only_vm()?.effective;
-    ensure!(effective == floor(vendor)?, "{effective}");
     vmm.kill()?;
     interface::ensure_no_vms()
 }
@@ -459,7 +491,10 @@ fn worker() -> Result<()> {
             interface::ensure_no_vms()?;
             match workers.progress() {
                 Progress::Failed => nth += 1,
-                Progress::Fewer => return Ok(nth - 1),
+                Progress::Fewer => {
+                    ensure!(!has_missed()?, "missed without need");
+                    return Ok(nth - 1);
+                }
                 Progress::Idle => idle += 1,
             }
         }
