@@ -81,12 +81,14 @@ pub struct Place {
 }
 
 impl Place {
+    /// Of a name that KVM gives, and no other that has the same numbers, like `01-+2`.
     fn parse(name: &str) -> Option<Self> {
         let (thread, fd) = name.split_once('-')?;
-        Some(Self {
+        let place = Self {
             thread: thread.parse().ok()?,
             fd: fd.parse().ok()?,
-        })
+        };
+        (place.to_string() == name).then_some(place)
     }
 
     fn path(self) -> PathBuf {
@@ -346,7 +348,16 @@ mod tests {
         };
         assert_eq!(Place::parse("4711-12"), Some(place));
         assert_eq!(place.to_string(), "4711-12");
-        for other in ["halt_exits", "4711", "4711-", "-12", "4711-12-1", "4711-x"] {
+        for other in [
+            "halt_exits",
+            "4711",
+            "4711-",
+            "-12",
+            "4711-12-1",
+            "4711-x",
+            "04711-12",
+            "4711-+12",
+        ] {
             assert_eq!(Place::parse(other), None, "{other}");
         }
     }
