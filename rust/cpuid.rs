@@ -101,7 +101,7 @@ impl Table {
     fn features(&self) -> Option<*mut u32> {
         let base = self.base()?;
         let features = self.find(|entry| entry.function == base | bindings::KVM_CPUID_FEATURES)?;
-        // SAFETY: As above.
+        // SAFETY: An entry of the table.
         Some(unsafe { &raw mut (*features).eax })
     }
 

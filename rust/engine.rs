@@ -468,7 +468,7 @@ impl Engine {
             let facts = self.facts();
             self.vms
                 .with_key(vm.key(), |vm, kvm| match (vcpu.index(), kvm) {
-                    // Its creation has failed. What the flags had to be for it they need not be any more.
+                    // Its creation has failed, and the flags need not be for it any more.
                     (None, Some(kvm)) => {
                         vm.truncate(kvm.online_vcpus() as usize);
                         if let Some(facts) = facts {

@@ -395,8 +395,8 @@ impl Engine {
             let changed = vm.changed && vm.vcpus.len() > index as usize;
             // What is taken out of a guest's CPUID is to be given back, unless the flag will be set
             // when the module has gone.
-            let may_be = vm.halts_at_home() || (vm.overridable && vm.hold());
-            let veils = native || (changed && offered && may_be);
+            let veils = native
+                || (changed && offered && (vm.halts_at_home() || (vm.overridable && vm.hold())));
             let known = vm.vcpus.get_mut(index as usize)?;
             if !vcpu.has_run() && !vcpu.in_l2() {
                 known.offered_pv_unhalt = offered;

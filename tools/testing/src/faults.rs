@@ -11,9 +11,9 @@ use std::{
     path::{
         Path,
         PathBuf, //
-    }, //
+    },
     thread,
-    time::Duration,
+    time::Duration, //
 };
 
 use anyhow::{

@@ -190,7 +190,7 @@ fn race(sides: Vec<Side<'_>>) -> Result<()> {
                 let (behind, failed) = (&behind, &failed);
                 scope.spawn(move || {
                     // The others must not wait for one that panics.
-                    let panicked = OnPanic(failed);
+                    let _told = OnPanic(failed);
                     let (mut done, mut turn) = (0, 0);
                     while behind.load(Ordering::Relaxed) > 0 && !failed.load(Ordering::Relaxed) {
                         let before = done;
@@ -209,7 +209,6 @@ fn race(sides: Vec<Side<'_>>) -> Result<()> {
                             testing::pause();
                         }
                     }
-                    drop(panicked);
                     Ok((side.name, done, turn))
                 })
             })
