@@ -132,7 +132,7 @@ selftests: lab-build
 	tools/lab/setup --selftests
 	tools/testing/selftests
 
-races: lab-build
+races: lab-build lab-module-small
 	RACES="$(RACES)" tools/testing/races
 
 soak: lab-build
