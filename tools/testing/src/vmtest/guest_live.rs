@@ -44,8 +44,8 @@ use testing::{
 };
 
 use crate::{
+    few_will_do,
     guest::kernel,
-    is_slow_host,
     matrix::{
         floor,
         supported, //
@@ -81,7 +81,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
 
 /// Boots, works and shuts down, while its exits change every [`PERIOD`].
 fn linux(vendor: Vendor, changeable: Exits) -> Result<()> {
-    let rounds = if is_slow_host()? { FEW_ROUNDS } else { ROUNDS };
+    let rounds = if few_will_do()? { FEW_ROUNDS } else { ROUNDS };
     let expected = checksum(rounds)?;
     let cgroup = Cgroup::new("machine")?;
     let mut qemu = Qemu::start(&cgroup, cpu(vendor), rounds)?;

@@ -86,7 +86,7 @@ use crate::{
         in_child,
         leave_chroot, //
     },
-    is_slow_host,
+    few_will_do,
     matrix::{
         floor,
         supported, //
@@ -101,7 +101,7 @@ const NOBODY: u32 = 65534;
 const PUBLIC: [&str; 4] = ["enabled", "floor", "supported", "vendor"];
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
-    let (rounds, writes) = if is_slow_host()? {
+    let (rounds, writes) = if few_will_do()? {
         (20, 2_000)
     } else {
         (100, 20_000)

@@ -64,7 +64,7 @@ use crate::{
         Churned,
         CHURN, //
     },
-    is_slow_host,
+    few_will_do,
     matrix::{
         check_exits_of,
         check_guest,
@@ -74,7 +74,7 @@ use crate::{
 };
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
-    let rounds = if is_slow_host()? { 25 } else { 100 };
+    let rounds = if few_will_do()? { 25 } else { 100 };
     Ok(vec![
         Test::new("lifecycle::running_vm", move || running_vm(vendor)),
         Test::new("lifecycle::device_in_use", device_in_use),

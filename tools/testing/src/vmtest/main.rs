@@ -207,7 +207,7 @@ fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<Result<()>> {
 }
 
 /// Whether this is one of those hosts, known by their little memory, whose emulator needs minutes
-/// for what QEMU does in seconds. They do less of the tests that are about great numbers.
+/// for what QEMU does in seconds.
 fn is_slow_host() -> Result<bool> {
     const MUCH_MEMORY: u64 = 2 << 20; // in KiB
     let meminfo = fs::read_to_string("/proc/meminfo")?;
@@ -217,6 +217,16 @@ fn is_slow_host() -> Result<bool> {
         .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
         .context("no MemTotal in /proc/meminfo")?;
     Ok(total < MUCH_MEMORY)
+}
+
+/// Whether the kernel looks for mistakes, and takes several times as long for everything.
+fn is_slow_kernel() -> bool {
+    Path::new("/sys/kernel/debug/kmemleak").exists()
+}
+
+/// Whether tests that are about great numbers do with smaller ones.
+fn few_will_do() -> Result<bool> {
+    Ok(is_slow_kernel() || is_slow_host()?)
 }
 
 /// All that the kernel's log still has.

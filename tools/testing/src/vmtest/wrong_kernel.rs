@@ -69,7 +69,7 @@ use testing::{
 };
 
 use crate::{
-    is_slow_host,
+    few_will_do,
     lifecycle::{
         ensure_not_unloadable,
         nothing_hooked,
@@ -84,7 +84,7 @@ use crate::{
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     // Each load takes Bochs seconds.
-    let step = if is_slow_host()? { 6 } else { 1 };
+    let step = if few_will_do()? { 6 } else { 1 };
     Ok(vec![
         Test::new("wrong_kernel::another_release", another_release),
         Test::new("wrong_kernel::other_layouts", move || other_layouts(step)),

@@ -49,13 +49,14 @@ use super::{
 };
 use crate::{
     is_slow_host,
+    is_slow_kernel,
     Test, //
 };
 
 pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     let changeable = changeable(vendor)?;
     // AMD has a faster host, for what its CPU has.
-    let few_will_do = is_slow_host()? && vendor == Vendor::Svm;
+    let few_will_do = is_slow_kernel() || is_slow_host()? && vendor == Vendor::Svm;
     let changes_of = |exit| {
         if few_will_do && exit != Exits::APERFMPERF {
             100

@@ -38,7 +38,7 @@ use super::{
     Rig, //
 };
 use crate::{
-    is_slow_host,
+    few_will_do,
     matrix::{
         floor,
         supported, //
@@ -77,7 +77,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
 /// A vCPU that a call has found on its way to what it should have is not shown as pending later. It
 /// goes in and out of the guest all the time.
 fn what_was_said_holds(vendor: Vendor) -> Result<()> {
-    let changes = if is_slow_host()? { 100 } else { 5_000 };
+    let changes = if few_will_do()? { 100 } else { 5_000 };
     let cgroup = Cgroup::new("own")?;
     let mut rig = Rig::pair(vendor, &cgroup)?;
     rig.start_one(0, Work::new(Payload::Mwait, u32::MAX))?;

@@ -54,6 +54,7 @@ use super::{
 };
 use crate::{
     is_slow_host,
+    is_slow_kernel,
     Test, //
 };
 
@@ -71,6 +72,11 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         (false, _) => (100_000, Shape::PAIRS),
         (true, Vendor::Vmx) => (10_000, Shape::RING),
         (true, Vendor::Svm) => (2_000, Shape::RING),
+    };
+    let flips = if is_slow_kernel() {
+        flips.min(2_000)
+    } else {
+        flips
     };
     let tests = [("without", false), ("with", true)].map(|(with, pv_unhalt)| {
         let name = format!("live::torture::{with}_pv_unhalt_{flips}_times");
