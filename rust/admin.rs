@@ -339,8 +339,12 @@ impl Admin {
         let Some(symbol) = facts.vendor.functions().nested_vmexit else {
             return;
         };
-        // The log has the reason if it fails; then the vCPU changes when it is asked again.
-        *l2 = hook_nested_vmexit(symbol, self.engine.clone()).ok();
+        // The log has the reason if it fails. To ask then would be in vain, and has whoever is still in
+        // L2 wake the worker again. The vCPU changes when somebody asks it again.
+        let Ok(hook) = hook_nested_vmexit(symbol, self.engine.clone()) else {
+            return;
+        };
+        *l2 = Some(hook);
         // One may have left before the hook was there.
         self.engine.ask_in_l2();
     }

@@ -244,7 +244,7 @@ impl Engine {
 
         let id = match (known, Process::of(task)) {
             (Some(id), _) => {
-                self.vms.with(id, |vm, _| {
+                self.vms.with(id, |vm, kvm| {
                     vm.cgroup = cgroup;
                     vm.requested = requested;
                     vm.resolved = resolved;
@@ -252,7 +252,9 @@ impl Engine {
                     vm.decision = decision;
                     vm.flags = decision.effective;
                     vm.keep = home & decision.effective;
-                    vm.account();
+                    if let Some(kvm) = kvm {
+                        vm.account(kvm);
+                    }
                 });
                 Some(id)
             }
@@ -358,7 +360,7 @@ impl Engine {
                 // Who gives the VM an override may not have come to it yet.
                 vm.secure(facts.supported);
                 vm.write_flags(kvm, facts.vendor, false);
-                vm.account();
+                vm.account(kvm);
             }
         })
     }
@@ -473,7 +475,7 @@ impl Engine {
                         vm.truncate(kvm.online_vcpus() as usize);
                         if let Some(facts) = facts {
                             vm.write_flags(kvm, facts.vendor, false);
-                            vm.account();
+                            vm.account(kvm);
                         }
                     }
                     // It goes with its VM.

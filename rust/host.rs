@@ -180,8 +180,9 @@ impl Host {
             self.admin.engine().set_facts(None);
             self.admin.stop_watching_l2();
             // Nobody who has begun is left: our device and files are gone, or the VMs are, with
-            // their vendor module; that leaves the worker. The hooks that tell of the end of VMs
-            // must outlast whoever touches them.
+            // their vendor module (but for one that KVM's files of statistics keep, which do not
+            // hold that module: KVM itself does not survive its end then). That leaves the worker.
+            // The hooks that tell of the end of VMs must outlast whoever touches them.
             self.admin.settle();
             self.admin.engine().vms.clear();
             // Waits for handlers that run, of which some may have had the facts still.

@@ -137,8 +137,11 @@ impl<'a> Vm<'a> {
         self.ptr.as_ptr()
     }
 
-    /// Whether the VMM's address space is there, or has ended with the last process that had it.
-    pub(crate) fn has_memory(self) -> bool {
+    /// Whether its vCPUs may run: the VMM's address space is there, and has not ended with the last
+    /// process that had it. KVM takes their calls from who has that one only (kvm_main.c:
+    /// kvm_vcpu_ioctl()), and nobody can have it again; but files that somebody else has - of the
+    /// VM, a vCPU, their statistics, guest_memfd - keep the VM.
+    pub(crate) fn can_run(self) -> bool {
         // SAFETY: Alive, by the invariant.
         unsafe { bindings::exitpolicy_vm_memory_is_used(self.as_ptr()) }
     }

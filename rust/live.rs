@@ -143,7 +143,7 @@ impl Engine {
                 if let Some(kvm) = kvm {
                     vm.look_for_limits(kvm, facts.vendor);
                     vm.write_flags(kvm, facts.vendor, false);
-                    vm.account();
+                    vm.account(kvm);
                 }
                 if vm.decision != before {
                     self.decided(vm, !vm.decision.clamped.is_empty());
@@ -158,7 +158,7 @@ impl Engine {
     /// takes its vCPUs' calls from who has its memory only.
     fn policies_of(&self, scope: Scope, id: u64) -> Option<(u64, Resolved)> {
         let (mut process, mm, in_use, last) = self.vms.with(id, |vm, kvm| {
-            let in_use = kvm.is_some_and(kvm::Vm::has_memory);
+            let in_use = kvm.is_some_and(kvm::Vm::can_run);
             (vm.process.clone(), vm.mm, in_use, (vm.cgroup, vm.resolved))
         })?;
         let rcu = rcu::read_lock();
@@ -337,7 +337,7 @@ impl Engine {
                     for vcpu in &mut vm.vcpus {
                         vcpu.rewrite = true;
                     }
-                    vm.account();
+                    vm.account(kvm);
                 }
             });
         });
@@ -391,7 +391,8 @@ impl Engine {
             unsafe { (cpuid::Table::incoming(call), cpuid::Table::stored(vcpu)) };
         let offered = incoming.has_pv_unhalt();
         self.vms.with_key(kvm.key(), |vm, kvm| {
-            let native = Exits::from_bits_truncate(kvm?.disabled_exits()).contains(Exits::HLT);
+            let kvm = kvm?;
+            let native = Exits::from_bits_truncate(kvm.disabled_exits()).contains(Exits::HLT);
             let changed = vm.changed && vm.vcpus.len() > index as usize;
             // What is taken out of a guest's CPUID is to be given back, unless the flag will be set
             // when the module has gone.
@@ -427,7 +428,7 @@ impl Engine {
                 // vCPU runs.
                 incoming.set_pv_unhalt(stored.has_pv_unhalt());
             }
-            vm.account();
+            vm.account(kvm);
             Some(())
         });
     }
@@ -523,7 +524,7 @@ impl Vm {
         let undone = !in_l2 && known.in_force != target;
 
         self.write_flags(kvm, facts.vendor, false);
-        self.account();
+        self.account(kvm);
         // Flags cannot be written while a vCPU is not known; to ask again at once would be in vain.
         if undone && self.knows_all_of(kvm) {
             self.stale = true;

@@ -355,8 +355,9 @@ impl Vm {
         self.hold.is_some()
     }
 
-    /// Holds the module while the VM is not as it would be without it, or will not be.
-    pub(crate) fn account(&mut self) {
+    /// Holds the module while the VM is not as it would be without it, or will not be; not for one
+    /// that never runs again.
+    pub(crate) fn account(&mut self, kvm: kvm::Vm<'_>) {
         let home = self.home();
         let differs = self.flags != self.limits.target(home, self.flags)
             || self.vcpus.iter().any(|vcpu| {
@@ -366,7 +367,7 @@ impl Vm {
                     || self.target(vcpu) != at_home
                     || self.differs_in_pv_unhalt(vcpu)
             });
-        if differs {
+        if differs && kvm.can_run() {
             self.hold();
         } else {
             self.hold = None;
@@ -392,6 +393,9 @@ impl Vm {
             return Progress::InForce;
         };
         if !self.has_to_change(vcpu) {
+            return Progress::InForce;
+        }
+        if kvm.is_some_and(|kvm| !kvm.can_run()) {
             return Progress::InForce;
         }
         // SAFETY: There is a `kvm` only if the VM is not dying.

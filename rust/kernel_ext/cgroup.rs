@@ -203,7 +203,7 @@ impl Cgroup {
     }
 
     /// Writes the path below the root of the current task's cgroup namespace, and returns it.
-    /// May sleep. Fails with [`ENAMETOOLONG`] if the buffer is too small.
+    /// May sleep. Fails with [`ENAMETOOLONG`] if the buffer has no room for one byte more.
     pub(crate) fn path<'buf>(&self, buffer: &'buf mut [u8]) -> Result<&'buf CStr> {
         // SAFETY: Pinned, by the type invariant; `buffer` is valid for writes of its length.
         let length =
@@ -211,6 +211,9 @@ impl Cgroup {
         match length {
             error if error == E2BIG.to_errno() => Err(ENAMETOOLONG),
             error if error < 0 => Err(Error::from_errno(error)),
+            // Nothing else tells a path that was cut off from one that fits just so
+            // (fs/kernfs/dir.c: kernfs_path_from_node_locked()).
+            length if length as usize + 1 >= buffer.len() => Err(ENAMETOOLONG),
             _ => CStr::from_bytes_until_nul(buffer).map_err(|_| ENAMETOOLONG),
         }
     }

@@ -254,7 +254,8 @@ impl<T: Attributes> Directory<T> {
                 Self::from_kobject(kobject),
                 // `inner` is the first field of a `repr(C)` structure.
                 &*attribute.cast::<Attribute<T>>(),
-                slice::from_raw_parts_mut(buffer, PAGE_SIZE),
+                // The page is not to be filled: that is a WARN (fs/sysfs/file.c: sysfs_kf_seq_show()).
+                slice::from_raw_parts_mut(buffer, PAGE_SIZE - 1),
             )
         };
         from_result(|| {

@@ -11,7 +11,10 @@ use std::{
     },
     io,
     os::{
-        fd::AsFd,
+        fd::{
+            AsFd,
+            AsRawFd, //
+        },
         unix::fs::MetadataExt, //
     },
     path::{
@@ -43,6 +46,12 @@ impl Cgroup {
     /// A new child of this one.
     pub fn child(&self, name: &str) -> Result<Self> {
         Self::at(self.directory.join(name))
+    }
+
+    /// A new child of one that is open, for as long as that is: paths may be longer than programs
+    /// can name.
+    pub fn below(parent: &File, name: &str) -> Result<Self> {
+        Self::at(Path::new("/proc/self/fd").join(format!("{}/{name}", parent.as_raw_fd())))
     }
 
     fn at(directory: PathBuf) -> Result<Self> {

@@ -9,7 +9,15 @@ use std::{
         BufReader,
         Write, //
     },
-    os::unix::process::ExitStatusExt,
+    os::{
+        fd::{
+            AsRawFd,
+            FromRawFd,
+            OwnedFd,
+            RawFd, //
+        },
+        unix::process::ExitStatusExt, //
+    },
     process::{
         Child,
         ChildStdout,
@@ -374,4 +382,17 @@ impl Drop for Vmm {
 pub struct Counted {
     pub report: Report,
     pub exits: crate::exits::Counts,
+}
+
+/// A file that another process has open, as `pidfd_getfd(2)` gives it.
+pub fn file_of(pid: i32, fd: RawFd) -> Result<OwnedFd> {
+    let open = |call, a: RawFd, b: RawFd| -> Result<OwnedFd> {
+        // SAFETY: Neither call takes a pointer.
+        let result = unsafe { libc::syscall(call, a, b, 0) };
+        ensure!(result >= 0, "{}", io::Error::last_os_error());
+        // SAFETY: Both return a descriptor that nobody else has.
+        Ok(unsafe { OwnedFd::from_raw_fd(result as RawFd) })
+    };
+    let process = open(libc::SYS_pidfd_open, pid, 0).context("pidfd_open")?;
+    open(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd).context("pidfd_getfd")
 }

@@ -4,8 +4,12 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
-    path::Path, //
+    fs::{
+        self,
+        File, //
+    },
+    path::Path,
+    sync::Arc, //
 };
 
 use anyhow::{
@@ -29,32 +33,40 @@ use testing::{
     client::Vmm,
     interface::{
         self,
+        command,
+        ensure_errno,
         ioctl,
         sysfs,
         Snapshot, //
     },
     soon,
-    uapi::Device, //
+    uapi::Device,
+    vmm::{
+        Irqchip,
+        Vm, //
+    }, //
 };
 
 use crate::{
     child::in_child,
-    is_slow_host,
+    few_will_do,
+    races::Here,
     Test, //
 };
 
 /// Policies that fit.
 const MANY: usize = 100_000;
-/// The same on a slow host.
+/// The same where few will do.
 const FEWER: usize = 5_000;
 
 pub fn tests() -> Result<Vec<Test>> {
-    let many = if is_slow_host()? { FEWER } else { MANY };
-    let come_and_go = if is_slow_host()? { 1_000 } else { 10_000 };
+    let many = if few_will_do()? { FEWER } else { MANY };
+    let come_and_go = if few_will_do()? { 1_000 } else { 10_000 };
     Ok(vec![
         Test::new("cgroups::name_used_again", name_used_again),
         Test::new("cgroups::policy_and_children", policy_and_children),
         Test::new("cgroups::namespaces", namespaces),
+        Test::new("cgroups::longest_path", longest_path),
         Test::new(
             format!("cgroups::{come_and_go}_policies_come_and_go"),
             move || come_and_go_without_leak(come_and_go),
@@ -97,6 +109,81 @@ fn policy_and_children() -> Result<()> {
         sysfs::policy_ids()?
     );
     before.ensure_unchanged()
+}
+
+/// Cgroups, each the parent of the next one, removed in the right order.
+struct Nest(Vec<(Cgroup, File)>);
+
+impl Nest {
+    fn deepest(&self) -> &File {
+        &self.0.last().expect("the first one stays").1
+    }
+
+    fn push(&mut self, cgroup: Cgroup) -> Result<()> {
+        let directory = cgroup.open()?;
+        self.0.push((cgroup, directory));
+        Ok(())
+    }
+}
+
+impl Drop for Nest {
+    fn drop(&mut self) {
+        while self.0.pop().is_some() {}
+    }
+}
+
+/// Anybody who has a cgroup can make some of which the path is longer than what sysfs has room for.
+/// It is not shown cut off, and the kernel has nothing to warn of.
+fn longest_path() -> Result<()> {
+    /// A page, and a newline and a NUL in it (fs/sysfs/file.c: sysfs_kf_seq_show()).
+    const MOST: usize = 4096 - 2;
+    let device = Device::open()?;
+    let top = Cgroup::new("long")?;
+    let mut length = top.path().len();
+    let mut nest = Nest(Vec::new());
+    nest.push(top)?;
+    while length + 300 < MOST {
+        let name = "x".repeat(250);
+        length += 1 + name.len();
+        nest.push(Cgroup::below(nest.deepest(), &name)?)?;
+    }
+    for total in [MOST - 1, MOST, MOST + 1, MOST + 2, MOST + 100] {
+        let cgroup = Cgroup::below(nest.deepest(), &"y".repeat(total - length - 1))?;
+        ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+        let here = Here::in_cgroup(&cgroup)?;
+        let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
+        vm.create_vcpu(0).context("KVM_CREATE_VCPU")?;
+        let id = device.vms()?.first().context("no VM is known")?.id;
+        ensure!(soon(|| Ok(sysfs::vm_ids()? == [id]))?, "no directory");
+        for file in [
+            sysfs::vm_directory(id).join("cgroup"),
+            sysfs::policy_directory(&cgroup)?.join("path"),
+        ] {
+            let path = fs::read(&file);
+            if total <= MOST {
+                let path = path.with_context(|| format!("{file:?}, {total} characters"))?;
+                ensure!(
+                    path.len() == total + 1 && path.ends_with(b"y\n"),
+                    "{file:?}: {total} characters are {}",
+                    path.len()
+                );
+            } else {
+                let what = format!("{file:?}, {total} characters");
+                ensure_errno(&what, path, libc::ENAMETOOLONG)?;
+            }
+        }
+        // Whoever looks at all sees the others, and this one without its path.
+        command::text(&["vm", "list"])?;
+        command::text(&["policy", "list"])?;
+        drop((vm, here));
+        interface::ensure_no_vms()?;
+    }
+    drop(nest);
+    ensure!(
+        soon(|| Ok(device.info()?.policies == 0))?,
+        "policies outlive their cgroups"
+    );
+    interface::ensure_empty()
 }
 
 /// Paths in sysfs are those of the reader's and writer's cgroup namespace.

@@ -36,7 +36,6 @@ use nix::{
         wait::waitpid, //
     },
     unistd::{
-        close,
         fork,
         ForkResult,
         Pid, //
@@ -44,7 +43,10 @@ use nix::{
 };
 use testing::{
     cgroup::Cgroup,
-    client::Vmm,
+    client::{
+        file_of,
+        Vmm, //
+    },
     exits::{
         hooked_functions,
         Vendor, //
@@ -754,20 +756,11 @@ impl Away {
 
     /// Puts them back.
     fn back(self) -> Result<()> {
-        let errno = |result: libc::c_long| -> Result<RawFd> {
-            ensure!(result >= 0, "{}", std::io::Error::last_os_error());
-            Ok(result as RawFd)
-        };
-        // SAFETY: Neither takes a pointer. What they return are descriptors of ours.
-        let open = |call, a: RawFd, b: RawFd| errno(unsafe { libc::syscall(call, a, b, 0) });
-        let child = open(libc::SYS_pidfd_open, self.child.as_raw(), 0)?;
         for fd in &self.fds {
-            let file = open(libc::SYS_pidfd_getfd, child, *fd).context("pidfd_getfd")?;
+            let file = file_of(self.child.as_raw(), *fd)?;
             // SAFETY: As above, the other way round.
-            ensure!(unsafe { libc::dup3(file, *fd, libc::O_CLOEXEC) } == *fd);
-            close(file)?;
+            ensure!(unsafe { libc::dup3(file.as_raw_fd(), *fd, libc::O_CLOEXEC) } == *fd);
         }
-        close(child)?;
         Ok(())
     }
 }

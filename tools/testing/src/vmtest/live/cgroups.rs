@@ -3,7 +3,10 @@
 //! VMMs that move, stop, grow and repeat themselves while policies change.
 
 use std::{
+    fs,
     ops::Range,
+    os::fd::OwnedFd,
+    path::Path,
     sync::{
         atomic::{
             AtomicBool,
@@ -16,6 +19,7 @@ use std::{
 
 use anyhow::{
     anyhow,
+    bail,
     ensure,
     Context,
     Result, //
@@ -28,7 +32,11 @@ use kvm_bindings::{
 use serde_json::json;
 use testing::{
     cgroup::Cgroup,
-    client::Thread,
+    client::{
+        file_of,
+        Thread,
+        Vmm, //
+    },
     exits::{
         Counter,
         Counts,
@@ -73,7 +81,7 @@ use super::{
     Rig, //
 };
 use crate::{
-    is_slow_host,
+    few_will_do,
     lifecycle::ensure_not_unloadable,
     matrix::floor,
     Test, //
@@ -112,6 +120,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("live::off::straggler_that_never_runs", move || {
             straggler_that_never_runs(vendor)
         }),
+        Test::new("live::off::kept_without_its_vmm", kept_without_its_vmm),
         Test::new("live::vmm::hot_plug", move || hot_plug(vendor)),
         Test::new("live::vmm::64_vcpus", move || many_vcpus(vendor)),
         Test::new("live::vmm::cpuid_repeated", move || cpuid_repeated(vendor)),
@@ -403,6 +412,48 @@ fn straggler_that_never_runs(vendor: Vendor) -> Result<()> {
     interface::drain()?;
     modules::unload(EXITPOLICY)?;
     modules::load(EXITPOLICY)
+}
+
+/// Somebody else keeps a VM whose VMM was killed: nobody can run it any more, and so it holds nothing.
+fn kept_without_its_vmm() -> Result<()> {
+    let cgroup = Cgroup::new("own")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    vmm.hide_pv_unhalt(vm)?;
+    let vcpus = [vmm.create_vcpu(vm, 0)?, vmm.create_vcpu(vm, 1)?];
+    // The other one never has what it should.
+    let report = vmm.run(vcpus[0], Work::new(Payload::Hlt, 2))?;
+    ensure!(report.halt_exits == 0, "{report:?}");
+    let kept = vm_file_of(vmm.pid())?;
+    vmm.kill()?;
+    let device = Device::open()?;
+    let answer = device.switch(uapi::Enabled::default())?;
+    ensure!(answer.pending == 0, "{answer:?}");
+    let info = device.info()?;
+    ensure!(
+        (info.vms, info.pending, info.holding) == (1, 0, 0),
+        "{info:?}"
+    );
+    drop(device);
+    modules::unload(EXITPOLICY)?;
+    modules::load(EXITPOLICY)?;
+    drop(kept);
+    interface::ensure_no_vms()
+}
+
+/// The VM that a process has open.
+fn vm_file_of(pid: i32) -> Result<OwnedFd> {
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let path = entry?.path();
+        if fs::read_link(&path)? == Path::new("anon_inode:kvm-vm") {
+            let fd = path
+                .file_name()
+                .and_then(|name| name.to_str()?.parse().ok());
+            return file_of(pid, fd.context("no number")?);
+        }
+    }
+    bail!("process {pid} has no VM open");
 }
 
 /// A vCPU that is to get something at its next entry holds the module before it has it: after the
@@ -805,7 +856,7 @@ fn cpuid_of_withheld_hlt(vendor: Vendor) -> Result<()> {
 /// Policies come and go while vCPUs are being made that fail in the end: nothing is kept for them,
 /// and the module is held no longer.
 fn vcpu_fails_meanwhile(vendor: Vendor) -> Result<()> {
-    let rounds = if is_slow_host()? { 20 } else { 200 };
+    let rounds = if few_will_do()? { 20 } else { 200 };
     let cgroup = Cgroup::new("own")?;
     let mut rig = Rig::pair(vendor, &cgroup)?;
     let device = Device::open()?;
@@ -892,7 +943,7 @@ fn cpuid_of_two_hypervisors() -> Result<()> {
 /// A vCPU that knows PV_UNHALT is told its CPUID again while `hlt` is given and taken as fast as can
 /// be: whatever KVM finds, it is what it has. Where `hlt` was taken already, the guest does not notice.
 fn cpuid_repeated_meanwhile(vendor: Vendor) -> Result<()> {
-    let times = if is_slow_host()? { 100 } else { 2_000 };
+    let times = if few_will_do()? { 100 } else { 2_000 };
     let cgroup = Cgroup::new("own")?;
     let make = Make {
         vcpus: 1,
