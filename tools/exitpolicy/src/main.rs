@@ -52,11 +52,15 @@ fn main() -> ExitCode {
     let written = commands::run(&cli, format).and_then(|answer| {
         if format == Format::Text {
             for note in &answer.notes {
-                say(&format!("note: {}\n", note.message));
+                say(&harmless(&format!("note: {}\n", note.message)));
             }
         }
+        let text = match format {
+            Format::Text => harmless(&answer.text),
+            Format::Json | Format::PrettyJson => answer.text,
+        };
         io::stdout()
-            .write_all(answer.text.as_bytes())
+            .write_all(text.as_bytes())
             .context("cannot write the answer")?;
         Ok(answer.status)
     });
@@ -69,6 +73,20 @@ fn main() -> ExitCode {
 /// Writes to stderr. If that fails, there is nowhere to say so.
 fn say(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// Text for a terminal, in which a name is nothing but a name: whoever has a cgroup or a process makes
+/// names, and a terminal obeys some characters. JSON has its own way for these.
+fn harmless(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter {
+            // A path that is copied from here is still one.
+            '\n' | '\t' | '\\' | '\'' | '"' => shown.push(letter),
+            _ => shown.extend(letter.escape_debug()),
+        }
+    }
+    shown
 }
 
 fn report(format: Format, error: &anyhow::Error) -> ExitCode {
@@ -86,12 +104,16 @@ fn report(format: Format, error: &anyhow::Error) -> ExitCode {
         (Some(_), None) => "held",
         (None, None) => "failure",
     };
-    say(&format.render_error(
+    let text = format.render_error(
         code,
         &format!("{error:#}"),
         hint.as_deref(),
         left_off.and_then(LeftOff::remaining),
-    ));
+    );
+    match format {
+        Format::Text => say(&harmless(&text)),
+        Format::Json | Format::PrettyJson => say(&text),
+    }
     match known {
         Some(Error::NotLoaded { .. }) => NOT_LOADED,
         Some(Error::NotPermitted { .. }) => NOT_PERMITTED,
@@ -139,4 +161,19 @@ fn wanted_json(arguments: impl Iterator<Item = OsString>) -> Option<Format> {
         }
     }
     json
+}
+
+#[cfg(test)]
+mod tests {
+    use super::harmless;
+
+    #[test]
+    fn names_do_nothing_to_a_terminal() {
+        let plain = "/a b/c\\x2dd's\t\"é\"\n";
+        assert_eq!(harmless(plain), plain);
+        assert_eq!(
+            harmless("\u{1b}[2J \u{9b}m \r \u{7f} \u{202e}"),
+            r"\u{1b}[2J \u{9b}m \r \u{7f} \u{202e}"
+        );
+    }
 }

@@ -44,6 +44,7 @@ pub fn tests(vendor: Vendor) -> Vec<Test> {
         Test::new("command::status", move || status(vendor)),
         Test::new("command::switch", switch),
         Test::new("command::policies", policies),
+        Test::new("command::names_of_others", names_of_others),
         Test::new("command::effective", move || effective(vendor)),
         Test::new("command::vms", vms),
         Test::new("command::completions", completions),
@@ -106,6 +107,32 @@ fn switch() -> Result<()> {
         ensure!(command::json(&["status"])?["enabled"] == enabled, "status");
     }
     Ok(())
+}
+
+/// A tenant's name for a cgroup, with what a terminal obeys: it clears the screen.
+fn names_of_others() -> Result<()> {
+    let cgroup = Cgroup::new("\u{1b}[2Jown")?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    vmm.create_vcpu(vm, 0)?;
+    for list in [["policy", "list"], ["vm", "list"]] {
+        let text = command::text(&list)?;
+        ensure!(
+            text.contains(r"/\u{1b}[2Jown") && !text.contains('\u{1b}'),
+            "{list:?}: {text:?}"
+        );
+    }
+    let nothing = command::run(&["policy", "show", "/\u{1b}[2Jnone"])?;
+    let error = String::from_utf8(nothing.stderr)?;
+    ensure!(
+        error.contains(r"/\u{1b}[2Jnone") && !error.contains('\u{1b}'),
+        "{error:?}"
+    );
+    let list = command::json(&["policy", "list"])?;
+    let path = &list["policies"][0]["cgroup"]["path"];
+    ensure!(path == &cgroup.path(), "{list}");
+    vmm.kill()
 }
 
 fn policies() -> Result<()> {
