@@ -66,8 +66,9 @@ impl Engine {
             return stamp;
         };
         self.check_hooks();
-        let change = |id| {
-            if self.decide_again(&facts, scope, stamp, id) {
+        let mut heirs = Heirs::default();
+        let mut change = |id| {
+            if self.decide_again(&facts, scope, stamp, id, &mut heirs) {
                 self.ask(id);
             }
         };
@@ -88,7 +89,14 @@ impl Engine {
     }
 
     /// Returns whether the VM is in `scope`.
-    fn decide_again(&self, facts: &Facts, scope: Scope, stamp: u64, id: u64) -> bool {
+    fn decide_again(
+        &self,
+        facts: &Facts,
+        scope: Scope,
+        stamp: u64,
+        id: u64,
+        heirs: &mut Heirs,
+    ) -> bool {
         let policies = match scope {
             Scope::One(_) => None,
             Scope::Stale => {
@@ -101,7 +109,7 @@ impl Engine {
                     return false;
                 };
                 let policies = if stale || moved {
-                    self.policies_of(scope, id)
+                    self.policies_of(scope, id, heirs)
                 } else {
                     None
                 };
@@ -111,7 +119,7 @@ impl Engine {
                 }
                 policies
             }
-            Scope::All | Scope::Below(_) => match self.policies_of(scope, id) {
+            Scope::All | Scope::Below(_) => match self.policies_of(scope, id, heirs) {
                 None => return false,
                 policies => policies,
             },
@@ -156,7 +164,7 @@ impl Engine {
     /// not in `scope`. What a VMM that has ended got last stays: its memory has ended with it, or
     /// else it goes on in another process. One that runs another program by now has ended: KVM
     /// takes its vCPUs' calls from who has its memory only.
-    fn policies_of(&self, scope: Scope, id: u64) -> Option<(u64, Resolved)> {
+    fn policies_of(&self, scope: Scope, id: u64, heirs: &mut Heirs) -> Option<(u64, Resolved)> {
         let (mut process, mm, in_use, last) = self.vms.with(id, |vm, kvm| {
             let in_use = kvm.is_some_and(kvm::Vm::can_run);
             (vm.process.clone(), vm.mm, in_use, (vm.cgroup, vm.resolved))
@@ -165,7 +173,7 @@ impl Engine {
         // The VM holds its VMM's `struct mm_struct`, so that it is nobody else's; if the VM goes
         // meanwhile, what is found is of no use.
         if in_use && Cgroup::of_process(&process, mm, &rcu).is_none() {
-            if let Some(heir) = Process::with_memory(mm) {
+            if let Some(heir) = heirs.of(mm) {
                 let heir_too = heir.clone();
                 // The old one is dropped here, after the lock.
                 drop(self.vms.with(id, |vm, _| vm.inherit(heir_too)));
@@ -431,6 +439,24 @@ impl Engine {
             vm.account(kvm);
             Some(())
         });
+    }
+}
+
+/// The process found last to have a VMM's memory, or that none was: it may have made many VMs, and to
+/// look takes all threads of the host.
+#[derive(Default)]
+struct Heirs(Option<(usize, Option<Process>)>);
+
+impl Heirs {
+    fn of(&mut self, mm: usize) -> Option<Process> {
+        match &self.0 {
+            Some((of, heir)) if *of == mm => heir.clone(),
+            _ => {
+                let heir = Process::with_memory(mm);
+                self.0 = Some((mm, heir.clone()));
+                heir
+            }
+        }
     }
 }
 

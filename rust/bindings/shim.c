@@ -7,6 +7,7 @@
 #include <linux/fs.h>
 #include <linux/kprobes.h>
 #include <linux/kvm_host.h>
+#include <linux/mmu_notifier.h>
 #include <linux/nsproxy.h>
 #include <linux/pid.h>
 #include <linux/sched/signal.h>
@@ -276,9 +277,15 @@ void exitpolicy_walk_open_files(exitpolicy_file_fn fn, void *data)
 		if (thread != process && thread->files == process->files)
 			continue;
 		walk.task = thread;
-		/* Keeps the table of a task that exits. */
+		/* Keeps the memory and the table of a task that exits. */
 		task_lock(thread);
-		stop = iterate_fd(thread->files, 0, walk_file, &walk);
+		/*
+		 * KVM has a notifier in the memory of whoever has made a VM
+		 * (kvm_main.c: kvm_init_mmu_notifier()). The tables of all
+		 * others, who may have many large ones, are of no interest.
+		 */
+		if (thread->mm && mm_has_notifiers(thread->mm))
+			stop = iterate_fd(thread->files, 0, walk_file, &walk);
 		task_unlock(thread);
 		if (stop)
 			break;

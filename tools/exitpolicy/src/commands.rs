@@ -350,12 +350,13 @@ impl Runner {
         // It is a use of the module, too.
         drop(device);
         loop {
-            match unload::remove(&self.host) {
-                Ok(()) => break,
-                Err(Error::InUse { .. }) if Instant::now() < until => {
+            match unload::remove() {
+                Ok(true) => break,
+                Ok(false) if Instant::now() < until => {
                     progress.say("waiting for those who have the device open".into());
                     thread::sleep(INTERVAL);
                 }
+                Ok(false) => return Err(LeftOff::Refused(unload::in_use(&self.host)).into()),
                 Err(error) => return Err(LeftOff::Refused(error).into()),
             }
         }

@@ -13,6 +13,10 @@ use rustix::{
 use std::{
     fmt,
     fs,
+    os::unix::fs::{
+        FileTypeExt,
+        MetadataExt, //
+    },
     path::{
         Path,
         PathBuf, //
@@ -48,24 +52,29 @@ pub fn is_possible(host: &Host) -> Result<(), Error> {
     }
 }
 
-/// Removes the module, if nobody uses it. A [`Device`](crate::Device) that is open is a use. That
-/// it is gone already is as good.
+/// Removes the module, and says whether it is gone: not if somebody uses it. A
+/// [`Device`](crate::Device) that is open is a use. That it was gone already is as good.
 ///
 /// # Errors
 ///
-/// [`Error::InUse`], [`Error::NotPermitted`], [`Error::NotRemovable`].
-pub fn remove(host: &Host) -> Result<(), Error> {
+/// [`Error::NotPermitted`], [`Error::NotRemovable`].
+pub fn remove() -> Result<bool, Error> {
     // What `rmmod` passes: the kernel is not to wait.
     match delete_module(c"kvm_exitpolicy", libc::O_NONBLOCK) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(Errno::AGAIN) => Err(Error::InUse {
-            processes: users(host),
-            references: references(host),
-        }),
+        Ok(()) | Err(Errno::NOENT) => Ok(true),
+        Err(Errno::AGAIN) => Ok(false),
         Err(Errno::BUSY) => Err(Error::NotRemovable {
             found: "the kernel says that it is being loaded or removed, or stays for ever",
         }),
         Err(errno) => Err(Error::new("unload kvm_exitpolicy".into(), errno)),
+    }
+}
+
+/// Who uses the module. Looks at all files of all processes.
+pub fn in_use(host: &Host) -> Error {
+    Error::InUse {
+        processes: users(host),
+        references: references(host),
     }
 }
 
@@ -77,12 +86,15 @@ fn references(host: &Host) -> Option<u64> {
 /// Those that have the device open, as far as may be seen, without this process: it may have been
 /// handed the device by one of them, and ends anyway.
 fn users(host: &Host) -> Vec<Process> {
+    let Ok(device) = fs::metadata(host.path("/dev/exitpolicy")) else {
+        return Vec::new();
+    };
     let mut users: Vec<_> = entries(&host.path("/proc"))
         .into_iter()
         .filter_map(|directory| {
             let pid = directory.file_name()?.to_str()?.parse().ok()?;
             let is_other = pid != std::process::id();
-            (is_other && has_open(&directory.join("fd"))).then(|| Process {
+            (is_other && has_open(&directory.join("fd"), &device)).then(|| Process {
                 pid,
                 name: host
                     .read(Path::new("/proc").join(pid.to_string()).join("comm"))
@@ -94,9 +106,14 @@ fn users(host: &Host) -> Vec<Process> {
     users
 }
 
-fn has_open(descriptors: &Path) -> bool {
+/// By what it is: others may have files of any name, in a mount namespace of their own.
+fn has_open(descriptors: &Path, device: &fs::Metadata) -> bool {
     entries(descriptors).iter().any(|descriptor| {
-        fs::read_link(descriptor).is_ok_and(|target| target == Path::new("/dev/exitpolicy"))
+        fs::metadata(descriptor).is_ok_and(|file| {
+            let same_file = (file.dev(), file.ino()) == (device.dev(), device.ino());
+            let is_device = |file: &fs::Metadata| file.file_type().is_char_device();
+            same_file || is_device(&file) && is_device(device) && file.rdev() == device.rdev()
+        })
     })
 }
 
@@ -118,11 +135,17 @@ mod tests {
     fn who_has_the_device_open_is_found() {
         let root = tempfile::tempdir().unwrap();
         let proc = root.path().join("proc");
+        let device = root.path().join("dev/exitpolicy");
+        fs::create_dir_all(device.parent().unwrap()).unwrap();
+        fs::write(&device, "").unwrap();
+        let device = device.to_str().unwrap();
         for (pid, name, opened) in [
-            ("412", "tracer\n", "/dev/exitpolicy"),
-            ("77", "qemu\n", "/dev/kvm"),
-            ("99", "watch\n", "/dev/exitpolicy"),
-            ("self", "watch\n", "/dev/exitpolicy"),
+            ("412", "tracer\n", device),
+            ("77", "qemu\n", "/dev/zero"),
+            ("99", "watch\n", device),
+            ("self", "watch\n", device),
+            // What it has so called is somewhere else.
+            ("500", "liar\n", "/dev/exitpolicy"),
         ] {
             fs::create_dir_all(proc.join(pid).join("fd")).unwrap();
             fs::write(proc.join(pid).join("comm"), name).unwrap();

@@ -18,7 +18,8 @@ use std::{
     cell::OnceCell,
     collections::{
         BTreeMap,
-        BTreeSet, //
+        BTreeSet,
+        HashSet, //
     },
     fmt, fs,
     io::{
@@ -174,7 +175,9 @@ impl Found {
         if file != Path::new("anon_inode:kvm-vm") {
             return None;
         }
-        let status = host.read(of_thread.join("status")).ok()?;
+        // The thread's name may be anything.
+        let status = fs::read(host.path(of_thread.join("status"))).ok()?;
+        let status = String::from_utf8_lossy(&status);
         let process = status.lines().find_map(|line| line.strip_prefix("Tgid:"));
         process?.trim().parse().ok()
     }
@@ -319,9 +322,10 @@ impl<'a> Comparison<'a> {
         }
         let number = with_vcpus.len().saturating_sub(known.len());
         // The vCPUs may tell which ones they are.
+        let known: HashSet<_> = known.iter().map(|known| &known.vcpus).collect();
         let different: Vec<_> = with_vcpus
             .iter()
-            .filter(|(_, vcpus)| !known.iter().any(|known| known.vcpus == **vcpus))
+            .filter(|(_, vcpus)| !known.contains(vcpus))
             .map(|(place, _)| *place)
             .collect();
         for index in 0..number {

@@ -22,10 +22,14 @@ use anyhow::{
     Result, //
 };
 use exitpolicy_policy::Exits;
+use nix::unistd::gettid;
 use testing::{
     cgroup::Cgroup,
     client::Vmm,
-    exits::Vendor,
+    exits::{
+        Calls,
+        Vendor, //
+    },
     interface::{
         self,
         ioctl,
@@ -106,6 +110,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("placement::memory_outlives_exec", move || {
             memory_outlives_process(vendor, true)
         }),
+        Test::new("placement::heir_of_many", heir_of_many),
         Test::new("placement::vmm_killed", vmm_killed),
         Test::new("placement::switched_off", move || switched_off(vendor)),
         Test::new("placement::cgroup_removed", cgroup_removed),
@@ -470,6 +475,39 @@ fn vm_without_vcpu() -> Result<()> {
     let info = Device::open()?.info()?;
     ensure!(info.missed == 0, "missed {}", info.missed);
     Ok(())
+}
+
+/// All threads of the host are looked through once for who has the VMs of a process that has ended,
+/// not for each of them.
+fn heir_of_many() -> Result<()> {
+    const VMS: usize = 8;
+    let cgroup = Cgroup::new("own")?;
+    let here = Here::in_cgroup(&cgroup)?;
+    let mut vms = Vec::new();
+    for _ in 0..VMS {
+        vms.push(Arc::new(Vm::new(Irqchip::Kernel)?));
+    }
+    let vcpus = in_same_memory(|| -> Result<Vec<_>> {
+        vms.iter()
+            .map(|vm| vm.create_vcpu(0).context("KVM_CREATE_VCPU"))
+            .collect()
+    })??;
+    let device = Device::open()?;
+    let of_us = || -> Result<usize> {
+        let vms = device.vms()?;
+        let ours = vms.iter().filter(|vm| vm.pid == process::id());
+        Ok(ours.count())
+    };
+    ensure!(of_us()? == 0, "{:?}", device.vms()?);
+    let tid = gettid().as_raw();
+    let calls = Calls::of("exitpolicy_memory_process", &[tid])?;
+    ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+    let looks = calls.by(tid)?;
+    drop(calls);
+    ensure!(of_us()? == VMS, "{:?}", device.vms()?);
+    ensure!(looks == 1, "looked {looks} times");
+    drop((vcpus, vms, here));
+    interface::ensure_no_vms()
 }
 
 /// The process that made the first vCPU ends, or executes a program, and another one goes on with its

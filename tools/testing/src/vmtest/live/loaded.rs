@@ -2,15 +2,22 @@
 
 //! The module is loaded on a host where VMs run already.
 
+use std::process::Command;
+
 use anyhow::{
     ensure,
     Context,
     Result, //
 };
 use exitpolicy_policy::Exits;
+use nix::unistd::gettid;
 use testing::{
     cgroup::Cgroup,
-    exits::Vendor,
+    client::Vmm,
+    exits::{
+        Calls,
+        Vendor, //
+    },
     interface::{
         self,
         command,
@@ -55,6 +62,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("live::loaded::without_a_vcpu", move || {
             without_a_vcpu(vendor, other)
         }),
+        Test::new("live::loaded::among_others", among_others),
         Test::new("live::loaded::again_and_again", move || {
             again_and_again(vendor)
         }),
@@ -142,6 +150,37 @@ fn adopted(vendor: Vendor, requested: Exits) -> Result<()> {
     modules::load(EXITPOLICY)?;
     ensure!(interface::only_vm()?.requested == requested, "loaded again");
     rig.end()
+}
+
+/// Whoever has made no VM can have as many and as large tables of files as it likes: nobody looks at
+/// them when the module is loaded.
+fn among_others() -> Result<()> {
+    const OTHERS: u64 = 20;
+    modules::unload(EXITPOLICY)?;
+    let cgroup = Cgroup::new("own")?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    vmm.create_vcpu(vm, 0)?;
+    let mut others = Vec::new();
+    for _ in 0..OTHERS {
+        others.push(Command::new("sleep").arg("1000000").spawn()?);
+    }
+    let image = modules::image()?;
+    let tid = gettid().as_raw();
+    let calls = Calls::of("iterate_fd", &[tid])?;
+    let loaded = modules::load_image(&image);
+    let tables = calls.by(tid)?;
+    drop(calls);
+    for other in &mut others {
+        other.kill()?;
+        other.wait()?;
+    }
+    loaded?;
+    ensure!(interface::only_vm()?.adopted, "not found");
+    // The VMM's, and this process', which has made VMs, too.
+    ensure!((1..=2).contains(&tables), "{tables} tables of files");
+    vmm.kill()?;
+    interface::ensure_no_vms()
 }
 
 /// A VM that has no vCPU yet is like one that is yet to be made.
