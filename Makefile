@@ -5,6 +5,8 @@
 KDIR ?= /lib/modules/$(shell uname -r)/build
 PREFIX ?= /usr/local
 DESTDIR ?=
+# The kernel's build is in other directories.
+override DESTDIR := $(if $(DESTDIR),$(abspath $(DESTDIR)))
 FUZZ_MINUTES ?= 10
 SOAK_MINUTES ?= 30
 RACES ?= 10000
@@ -59,7 +61,7 @@ kbuild = env -u RUSTFLAGS $(MAKE) M="$(1)" MO="$(CURDIR)/$(BUILD)/$(2)"
 define modules
 	@set -e; \
 	dir=$$(tools/kernel dir "$(KDIR)"); \
-	args=$$(tools/kernel make "$$dir"); \
+	args=$(if $(filter command,$(origin CC)),,$$(tools/kernel make "$$dir")); \
 	images=$$(tools/kernel images "$$dir"); \
 	mkdir -p $(BUILD)/$(2); \
 	$(call kbuild,$(1),$(2)) -C "$$dir" KVM_IMAGES="$$images" $$args modules
@@ -71,6 +73,8 @@ module:
 	@tools/kernel sign "$(KDIR)"
 
 command:
+	@command -v $(CARGO) >/dev/null || \
+		{ echo "error: there is no $(CARGO), which builds the command; Debian: apt install cargo" >&2; exit 1; }
 	$(CARGO) build $(CARGO_FLAGS) --package exitpolicy
 	@cp $(BUILD)/cargo/$(TARGET)/release/exitpolicy $(BUILD)/exitpolicy
 
@@ -148,6 +152,9 @@ check: lab-build
 
 share := $(DESTDIR)$(PREFIX)/share
 
+# modinfo and depmod are where users do not look.
+install uninstall: export PATH := $(PATH):/usr/sbin:/sbin
+
 install:
 	@test -e $(BUILD)/module/kvm_exitpolicy.ko -a -e $(BUILD)/exitpolicy || \
 		{ echo "error: there is nothing to install yet; run: make" >&2; exit 1; }
@@ -157,7 +164,7 @@ install:
 		modinfo -F vermagic $(BUILD)/module/kvm_exitpolicy.ko | grep -qF "$$it " || \
 		{ echo "error: the module was built for another kernel than $$it; run make with this KDIR" >&2; exit 1; }; \
 	done
-	$(call kbuild,$(CURDIR),module) -C "$(KDIR)" INSTALL_MOD_PATH="$(DESTDIR)" modules_install
+	$(call kbuild,$(CURDIR),module) -C "$(KDIR)" INSTALL_MOD_PATH="$(DESTDIR)" $(if $(DESTDIR),DEPMOD=true) modules_install
 	@# Debian's headers have no System.map, without which the above leaves this out.
 	test -n "$(DESTDIR)" || depmod "$$(cat "$(KDIR)/include/config/kernel.release")"
 	install -D -m 755 $(BUILD)/exitpolicy $(DESTDIR)$(PREFIX)/bin/exitpolicy

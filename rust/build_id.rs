@@ -34,6 +34,16 @@ fn built_for(image: &CStr) -> Option<&'static [u8]> {
     found.map(|(_, id)| *id)
 }
 
+/// Whether the kernel that this was built for has it in itself.
+fn is_built_in(image: &CStr) -> bool {
+    match image.to_bytes() {
+        b"kvm" => cfg!(CONFIG_KVM = "y"),
+        b"kvm_amd" => cfg!(CONFIG_KVM_AMD = "y"),
+        b"kvm_intel" => cfg!(CONFIG_KVM_INTEL = "y"),
+        _ => false,
+    }
+}
+
 /// Where one of KVM's images is: nowhere if it is a module that is not loaded, or whose init
 /// function has yet to return. Process context, may sleep.
 ///
@@ -54,8 +64,7 @@ pub(crate) fn find(module: &CStr) -> Result<Option<Image>> {
         Ok(b"live\n") => Ok(Some(Image::Module)),
         Ok(_) => Ok(None),
         // What is built in has no such file.
-        Err(ENOENT) if built_for(module).is_some() => Ok(None),
-        Err(ENOENT) => Ok(built_for(c"vmlinux").map(|_| Image::Kernel)),
+        Err(ENOENT) => Ok(is_built_in(module).then_some(Image::Kernel)),
         Err(error) => {
             pr_err!("cannot read {}: {:?}\n", &*path, error);
             Err(error)
