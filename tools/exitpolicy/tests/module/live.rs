@@ -875,7 +875,8 @@ fn a_module_that_stays_is_explained() {
     write(fake.root(), "sys/module/kvm_exitpolicy/refcnt", "1\n");
     write(fake.root(), "proc/412/comm", "watch\n");
     fs::create_dir(fake.root().join("proc/412/fd")).unwrap();
-    symlink("/dev/exitpolicy", fake.root().join("proc/412/fd/3")).unwrap();
+    let device = fake.root().join("dev/exitpolicy");
+    symlink(device, fake.root().join("proc/412/fd/3")).unwrap();
     let run = fake.run("unload -t 200ms");
     assert!(fake.unloads > 2);
     assert_eq!((run.code, run.stdout.as_str()), (Some(1), ""));
