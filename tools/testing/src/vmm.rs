@@ -872,9 +872,13 @@ impl Vcpu {
         // What it has just executed, and what comes next; the guest's addresses are physical ones.
         let mut code = [0; 4];
         let at = regs.rip.saturating_sub(2);
-        self.vm.memory.file.read_at(&mut code, at)?;
+        let read = self.vm.memory.file.read_at(&mut code, at);
+        let code = match read {
+            Ok(_) => format!("from {at:#x} on {code:02x?}"),
+            Err(_) => "outside of its memory".into(),
+        };
         Ok(format!(
-            "rip {:#x} (from {at:#x} on {code:02x?}), rflags {:#x}, shadow {}, injected {} of {}, {mp_state:?}, \
+            "rip {:#x} ({code}), rflags {:#x}, shadow {}, injected {} of {}, {mp_state:?}, \
              requested {:?}, in service {:?}, timer {:#x} at {} of {}",
             regs.rip,
             regs.rflags,
