@@ -7,16 +7,19 @@ use crate::{
     Host, //
 };
 use rustix::{
+    fs::{
+        statx,
+        AtFlags,
+        FileType,
+        StatxFlags,
+        CWD, //
+    },
     io::Errno,
     system::delete_module, //
 };
 use std::{
     fmt,
     fs,
-    os::unix::fs::{
-        FileTypeExt,
-        MetadataExt, //
-    },
     path::{
         Path,
         PathBuf, //
@@ -86,7 +89,7 @@ fn references(host: &Host) -> Option<u64> {
 /// Those that have the device open, as far as may be seen, without this process: it may have been
 /// handed the device by one of them, and ends anyway.
 fn users(host: &Host) -> Vec<Process> {
-    let Ok(device) = fs::metadata(host.path("/dev/exitpolicy")) else {
+    let Some(device) = Identity::of(&host.path("/dev/exitpolicy")) else {
         return Vec::new();
     };
     let mut users: Vec<_> = entries(&host.path("/proc"))
@@ -106,15 +109,37 @@ fn users(host: &Host) -> Vec<Process> {
     users
 }
 
-/// By what it is: others may have files of any name, in a mount namespace of their own.
-fn has_open(descriptors: &Path, device: &fs::Metadata) -> bool {
-    entries(descriptors).iter().any(|descriptor| {
-        fs::metadata(descriptor).is_ok_and(|file| {
-            let same_file = (file.dev(), file.ino()) == (device.dev(), device.ino());
-            let is_device = |file: &fs::Metadata| file.file_type().is_char_device();
-            same_file || is_device(&file) && is_device(device) && file.rdev() == device.rdev()
+fn has_open(descriptors: &Path, device: &Identity) -> bool {
+    entries(descriptors)
+        .iter()
+        .any(|descriptor| Identity::of(descriptor).as_ref() == Some(device))
+}
+
+/// What a file is, whatever its name: others may have files of any name, in a mount namespace of their
+/// own.
+#[derive(PartialEq, Eq)]
+enum Identity {
+    /// A character device, by its numbers.
+    Device(u32, u32),
+    /// Something else, by its file system's numbers and its own.
+    File(u32, u32, u64),
+}
+
+impl Identity {
+    fn of(path: &Path) -> Option<Self> {
+        // Others may have file systems, too, which need not answer.
+        let found = statx(
+            CWD,
+            path,
+            AtFlags::STATX_DONT_SYNC,
+            StatxFlags::TYPE | StatxFlags::INO,
+        );
+        let found = found.ok()?;
+        Some(match FileType::from_raw_mode(found.stx_mode.into()) {
+            FileType::CharacterDevice => Self::Device(found.stx_rdev_major, found.stx_rdev_minor),
+            _ => Self::File(found.stx_dev_major, found.stx_dev_minor, found.stx_ino),
         })
-    })
+    }
 }
 
 /// What is in a directory that may go at any time.
