@@ -45,7 +45,7 @@ For developers:
   make clean            remove what was built here
 endef
 
-.PHONY: all module command man tests steady lab lab-build demo test test-debug fuzz races soak bench selftests check install uninstall clean help
+.PHONY: all module command man tests lab lab-build demo test test-debug fuzz races soak bench selftests check install uninstall clean help
 all: module command man
 
 help:
@@ -89,10 +89,6 @@ tests:
 	$(CARGO) build $(CARGO_FLAGS) --package testing --package exitpolicy-bench-report
 	@cp $(addprefix $(BUILD)/cargo/$(TARGET)/release/,exitpolicy-vmtest exitpolicy-bench exitpolicy-bench-report kselftests tinyvmm) $(BUILD)/
 
-# What QEMU hosts load for themselves.
-steady:
-	$(call modules,$(CURDIR)/tools/lab/host/steady,steady)
-
 # The module from headers that are not those of KVM, for the tests: without a field of struct
 # kvm_arch, and with one more at the end of struct kvm_vcpu_arch, larger than the gap behind it
 # (struct vcpu_vmx has a member that is aligned to 64).
@@ -111,7 +107,7 @@ lab:
 
 lab-build: lab
 	tools/lab/enter make --no-print-directory BUILD=build/lab \
-		KDIR="$$(tools/lab/setup --print kdir)" all tests steady doctored
+		KDIR="$$(tools/lab/setup --print kdir)" all tests doctored
 
 demo: lab-build
 	tools/demo/run
@@ -123,7 +119,7 @@ test: lab-build
 lab-module-%:
 	tools/lab/setup --kernel $*
 	tools/lab/enter make --no-print-directory BUILD=build/lab-$* LLVM=-19 \
-		KDIR="$$(tools/lab/setup --print kdir --kernel $*)" module steady
+		KDIR="$$(tools/lab/setup --print kdir --kernel $*)" module
 
 test-debug: lab-build lab-module-debug lab-module-kcsan
 	tools/testing/run --kernel debug

@@ -154,25 +154,6 @@ fn emulators_reset() -> Option<String> {
     noted
 }
 
-/// Keeps KVM's tracepoint for exits switched on, so that a test that counts them does not have the
-/// kernel's code written while vCPUs execute it, at which QEMU fails (tools/lab/README.md). Two
-/// more users than the test: what calls them is written for the first and for the second one.
-fn keep_tracepoint() -> Result<()> {
-    for instance in ["kept-1", "kept-2"] {
-        let instance = Path::new("/sys/kernel/tracing/instances").join(instance);
-        if !instance.exists() {
-            fs::create_dir(&instance)?;
-            fs::write(instance.join("tracing_on"), "0")?;
-        }
-        // Off again if KVM was unloaded meanwhile.
-        let event = instance.join("events/kvm/kvm_exit/enable");
-        if event.exists() && fs::read_to_string(&event)?.trim() != "1" {
-            fs::write(&event, "1")?;
-        }
-    }
-    Ok(())
-}
-
 /// Runs one test in clean surroundings. Gives what came of it, unless the kernel complained, which
 /// no second try undoes.
 fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<Result<()>> {
@@ -183,9 +164,6 @@ fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<Result<()>> {
         // Of one that failed.
         Device::open()?.set_enabled(true)?;
         interface::ensure_empty().context("before the test")?;
-    }
-    if is_qemu() {
-        keep_tracepoint().context("the tracepoint for exits")?;
     }
     let cgroups = testing::cgroup::children_of_root()?;
     let mut result = body();
