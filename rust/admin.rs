@@ -339,9 +339,10 @@ impl Admin {
         let Some(symbol) = facts.vendor.functions().nested_vmexit else {
             return;
         };
-        // The log has the reason if it fails. To ask then would be in vain, and has whoever is still in
-        // L2 wake the worker again. The vCPU changes when somebody asks it again.
+        // The log has the reason if it fails. To ask who is still in L2 would be in vain then, and
+        // have them wake the worker again. They change when somebody asks them again.
         let Ok(hook) = hook_nested_vmexit(symbol, self.engine.clone()) else {
+            self.engine.ask_who_left_l2();
             return;
         };
         *l2 = Some(hook);

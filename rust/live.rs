@@ -165,22 +165,22 @@ impl Engine {
     /// else it goes on in another process. One that runs another program by now has ended: KVM
     /// takes its vCPUs' calls from who has its memory only.
     fn policies_of(&self, scope: Scope, id: u64, heirs: &mut Heirs) -> Option<(u64, Resolved)> {
-        let (mut process, mm, in_use, last) = self.vms.with(id, |vm, kvm| {
+        let (process, mm, in_use, last) = self.vms.with(id, |vm, kvm| {
             let in_use = kvm.is_some_and(kvm::Vm::can_run);
             (vm.process.clone(), vm.mm, in_use, (vm.cgroup, vm.resolved))
         })?;
         let rcu = rcu::read_lock();
         // The VM holds its VMM's `struct mm_struct`, so that it is nobody else's; if the VM goes
         // meanwhile, what is found is of no use.
-        if in_use && Cgroup::of_process(&process, mm, &rcu).is_none() {
-            if let Some(heir) = heirs.of(mm) {
-                let heir_too = heir.clone();
+        let mut cgroup = Cgroup::of_process(&process, mm, &rcu);
+        if in_use && cgroup.is_none() {
+            if let Some((heir, its)) = heirs.of(mm, &rcu) {
                 // The old one is dropped here, after the lock.
-                drop(self.vms.with(id, |vm, _| vm.inherit(heir_too)));
-                process = heir;
+                drop(self.vms.with(id, |vm, _| vm.inherit(heir)));
+                cgroup = Some(its);
             }
         }
-        let Some(cgroup) = Cgroup::of_process(&process, mm, &rcu).map(Cgroup::domain) else {
+        let Some(cgroup) = cgroup.map(Cgroup::domain) else {
             return matches!(scope, Scope::All).then_some(last);
         };
         if let Scope::Below(top) = scope {
@@ -309,6 +309,24 @@ impl Engine {
         });
     }
 
+    /// Asks vCPUs again that have failed in L2 and left it since.
+    pub(crate) fn ask_who_left_l2(&self) {
+        self.vms.for_each(|id| {
+            self.vms.with(id, |vm, kvm| {
+                for index in 0..vm.vcpus.len() {
+                    let failed = vm.vcpus.get(index).is_some_and(|vcpu| vcpu.in_l2);
+                    let left =
+                        !matches!(vm.progress(kvm, index), Progress::InForce | Progress::InL2);
+                    // SAFETY: There is a `kvm` only if the VM is not dying.
+                    let vcpu = kvm.and_then(|kvm| unsafe { kvm.vcpu(index as u32) });
+                    if let (true, Some(vcpu)) = (failed && left, vcpu) {
+                        vm.ask(index, vcpu);
+                    }
+                }
+            });
+        });
+    }
+
     /// The number of vCPUs that are on their way, and of VMs that hold the module.
     pub(crate) fn on_their_way(&self) -> (u64, u64) {
         self.check_hooks();
@@ -316,6 +334,10 @@ impl Engine {
         self.vms.for_each(|id| {
             self.vms.with(id, |vm, kvm| {
                 pending += vm.pending(kvm);
+                // Its VMM may have ended since, of which nothing tells.
+                if let (true, Some(kvm)) = (vm.is_held(), kvm) {
+                    vm.account(kvm);
+                }
                 holding += u64::from(vm.is_held());
             });
         });
@@ -448,15 +470,20 @@ impl Engine {
 struct Heirs(Option<(usize, Option<Process>)>);
 
 impl Heirs {
-    fn of(&mut self, mm: usize) -> Option<Process> {
+    fn of<'rcu>(&mut self, mm: usize, rcu: &'rcu rcu::Guard) -> Option<(Process, &'rcu Cgroup)> {
         match &self.0 {
-            Some((of, heir)) if *of == mm => heir.clone(),
-            _ => {
-                let heir = Process::with_memory(mm);
-                self.0 = Some((mm, heir.clone()));
-                heir
+            Some((of, None)) if *of == mm => return None,
+            Some((of, Some(heir))) if *of == mm => {
+                if let Some(cgroup) = Cgroup::of_process(heir, mm, rcu) {
+                    return Some((heir.clone(), cgroup));
+                }
+                // It has ended since, and there may be another one.
             }
+            _ => {}
         }
+        let found = Process::with_memory(mm, rcu);
+        self.0 = Some((mm, found.as_ref().map(|(heir, _)| heir.clone())));
+        found
     }
 }
 

@@ -223,23 +223,24 @@ bool exitpolicy_vm_memory_is_used(struct kvm *kvm)
 	return atomic_read(&kvm->mm->mm_users) > 0;
 }
 
-struct pid *exitpolicy_memory_process(const void *mm)
+struct pid *exitpolicy_memory_process(const void *mm, struct cgroup **cgrp)
 {
 	struct task_struct *process, *thread;
-	struct pid *found = NULL;
+	struct pid *found;
 
-	rcu_read_lock();
 	for_each_process_thread(process, thread) {
 		/* A kernel thread has borrowed it. */
 		if (READ_ONCE(thread->mm) != mm ||
 		    READ_ONCE(thread->flags) & (PF_EXITING | PF_KTHREAD))
 			continue;
 		found = get_pid(task_tgid(thread));
-		if (found)
-			break;
+		/* These are two loops: "break" would go on with the outer one. */
+		if (found) {
+			*cgrp = task_dfl_cgroup(thread);
+			return found;
+		}
 	}
-	rcu_read_unlock();
-	return found;
+	return NULL;
 }
 
 struct pid *exitpolicy_pid_get(struct pid *pid)
@@ -268,13 +269,17 @@ static int walk_file(const void *data, struct file *file, unsigned int fd)
 void exitpolicy_walk_open_files(exitpolicy_file_fn fn, void *data)
 {
 	struct open_file_walk walk = { .fn = fn, .data = data };
+	const struct files_struct *last = NULL;
 	struct task_struct *process, *thread;
 	int stop = 0;
 
 	rcu_read_lock();
 	for_each_process_thread(process, thread) {
-		/* Most threads have their leader's files. */
-		if (thread != process && thread->files == process->files)
+		/*
+		 * Most threads have the files of the one before.  Of no use is
+		 * the leader's pointer: it may have exited before the others.
+		 */
+		if (last && thread->files == last)
 			continue;
 		walk.task = thread;
 		/* Keeps the memory and the table of a task that exits. */
@@ -284,12 +289,16 @@ void exitpolicy_walk_open_files(exitpolicy_file_fn fn, void *data)
 		 * (kvm_main.c: kvm_init_mmu_notifier()). The tables of all
 		 * others, who may have many large ones, are of no interest.
 		 */
-		if (thread->mm && mm_has_notifiers(thread->mm))
+		if (thread->mm && mm_has_notifiers(thread->mm)) {
+			last = thread->files;
 			stop = iterate_fd(thread->files, 0, walk_file, &walk);
+		}
 		task_unlock(thread);
+		/* These are two loops: "break" would go on with the outer one. */
 		if (stop)
-			break;
+			goto out;
 	}
+out:
 	rcu_read_unlock();
 }
 

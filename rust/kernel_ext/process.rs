@@ -4,13 +4,18 @@
 //!
 //! C header: [`include/linux/pid.h`](srctree/include/linux/pid.h).
 
+use super::cgroup::Cgroup;
 use crate::bindings as shim;
 use core::{
     ffi::c_void,
-    ptr::NonNull, //
+    ptr::{
+        self,
+        NonNull, //
+    }, //
 };
 use kernel::{
     bindings,
+    sync::rcu,
     task::Task, //
 };
 
@@ -35,14 +40,21 @@ impl Process {
         NonNull::new(pid.cast()).map(Self)
     }
 
-    /// One that has this memory, the address of a `struct mm_struct` that is not freed meanwhile.
-    /// There are several if clone(2) has made them with CLONE_VM. Looks at all threads of the host.
-    /// Any context.
-    pub(crate) fn with_memory(mm: usize) -> Option<Self> {
-        // SAFETY: The address is compared only.
-        let pid = unsafe { shim::exitpolicy_memory_process(mm as *const c_void) };
+    /// One that has this memory, the address of a `struct mm_struct` that is not freed meanwhile, and
+    /// its cgroup. There are several if clone(2) has made them with CLONE_VM. Looks at all threads of
+    /// the host. Any context.
+    pub(crate) fn with_memory<'rcu>(
+        mm: usize,
+        _rcu: &'rcu rcu::Guard,
+    ) -> Option<(Self, &'rcu Cgroup)> {
+        let mut cgroup = ptr::null_mut();
+        // SAFETY: We are under RCU, and `cgroup` can be written. The address is compared only.
+        let pid = unsafe { shim::exitpolicy_memory_process(mm as *const c_void, &mut cgroup) };
         // INVARIANT: Returned with a reference.
-        NonNull::new(pid.cast()).map(Self)
+        let process = NonNull::new(pid.cast()).map(Self)?;
+        // SAFETY: Written, as there is a process: a cgroup that RCU keeps, as in `Cgroup::of_task`.
+        // INVARIANT: Pinned by RCU.
+        Some((process, unsafe { &*cgroup.cast() }))
     }
 
     /// Its number in the initial pid namespace, which it had if it has ended.

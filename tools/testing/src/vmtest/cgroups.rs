@@ -229,6 +229,7 @@ pub fn slab() -> Result<BTreeMap<String, u64>> {
             || name == "kernfs_iattrs_cache"
             || name == "radix_tree_node"
             || name == "maple_node"
+            || name == "pid"
             // Not what is charged to cgroups, which the module's are not.
             || (name.starts_with("kmalloc-") && !name.starts_with("kmalloc-cg-"))
     };

@@ -3,9 +3,15 @@
 //! A child process that is someone else than the test.
 
 use std::{
+    ffi::{
+        c_int,
+        c_void, //
+    },
     fs,
+    io,
     os::unix::process::CommandExt,
-    process::Command, //
+    process::Command,
+    ptr, //
 };
 
 use anyhow::{
@@ -125,6 +131,48 @@ fn share_memory<T>(body: impl FnOnce() -> T, mut end: impl FnMut()) -> Result<(O
     // of its own.
     let child = unsafe { clone(work, &mut stack, flags, Some(libc::SIGCHLD)) }?;
     Ok((result, child))
+}
+
+/// A process that has this one's memory and does nothing, until the value goes.
+pub struct Heir {
+    process: Pid,
+    _stack: Vec<u8>,
+}
+
+impl Heir {
+    pub fn start() -> Result<Self> {
+        /// Needs no thread-local storage, which is this process': no signal is handled, so that there
+        /// is no errno to be written.
+        extern "C" fn wait(_: *mut c_void) -> c_int {
+            loop {
+                // SAFETY: Takes no pointer.
+                unsafe { libc::syscall(libc::SYS_pause) };
+            }
+        }
+
+        let mut stack = vec![0; 16 << 10];
+        let top = stack.as_mut_ptr_range().end;
+        let flags = libc::CLONE_VM | libc::SIGCHLD;
+        // SAFETY: The stack is there until the process has ended. `vec!` aligns what is this large.
+        let process = unsafe { libc::clone(wait, top.cast(), flags, ptr::null_mut()) };
+        ensure!(process > 0, "clone: {}", io::Error::last_os_error());
+        Ok(Self {
+            process: Pid::from_raw(process),
+            _stack: stack,
+        })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        self.process.as_raw()
+    }
+}
+
+impl Drop for Heir {
+    fn drop(&mut self) {
+        let _ = kill(self.process, Signal::SIGKILL);
+        let _ = waitpid(self.process, None);
+    }
 }
 
 /// Nobody may make a user namespace whose root directory is not that of the mount namespace, and

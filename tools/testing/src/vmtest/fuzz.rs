@@ -37,10 +37,13 @@ use std::{
         Stdio, //
     },
     ptr,
-    sync::atomic::{
-        AtomicBool,
-        AtomicU8,
-        Ordering, //
+    sync::{
+        atomic::{
+            AtomicBool,
+            AtomicU8,
+            Ordering, //
+        },
+        OnceLock, //
     },
     thread,
     time::{
@@ -154,6 +157,8 @@ use crate::{
 
 /// Repeats what this seed makes up.
 const SEED: &str = "EXITPOLICY_FUZZ_SEED";
+/// One that nobody asked for, short enough to be written down. A test that is tried again does the same.
+static MADE_UP: OnceLock<u64> = OnceLock::new();
 /// Goes on, with one seed after the other, until so many seconds are over.
 const SECONDS: &str = "EXITPOLICY_FUZZ_SECONDS";
 
@@ -221,8 +226,7 @@ fn rounds(name: &str, mut round: impl FnMut(u64, &mut Tally) -> Result<()>) -> R
     };
     let mut seed = match number(SEED)? {
         Some(seed) => seed,
-        // Short enough to be written down.
-        None => OsRng.unwrap_err().random::<u32>().into(),
+        None => *MADE_UP.get_or_init(|| OsRng.unwrap_err().random::<u32>().into()),
     };
     let end = number(SECONDS)?.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let mut all = Tally::default();

@@ -56,11 +56,17 @@ use testing::{
 };
 
 use crate::{
+    cgroups::{
+        ensure_slab_shrinks_to,
+        slab, //
+    },
     child::{
         in_child,
         in_same_memory,
-        in_same_memory_until_exec, //
+        in_same_memory_until_exec,
+        Heir, //
     },
+    few_will_do,
     matrix::{
         check_exits_of,
         check_guest,
@@ -111,6 +117,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
             memory_outlives_process(vendor, true)
         }),
         Test::new("placement::heir_of_many", heir_of_many),
+        Test::new("placement::heirs_are_let_go", heirs_are_let_go),
         Test::new("placement::vmm_killed", vmm_killed),
         Test::new("placement::switched_off", move || switched_off(vendor)),
         Test::new("placement::cgroup_removed", cgroup_removed),
@@ -508,6 +515,33 @@ fn heir_of_many() -> Result<()> {
     ensure!(looks == 1, "looked {looks} times");
     drop((vcpus, vms, here));
     interface::ensure_no_vms()
+}
+
+/// The VM of a process that has ended is that of one that has its memory; of others that have it,
+/// nothing is kept.
+fn heirs_are_let_go() -> Result<()> {
+    let rounds = if few_will_do()? { 50 } else { 200 };
+    let cgroup = Cgroup::new("own")?;
+    let here = Here::in_cgroup(&cgroup)?;
+    let device = Device::open()?;
+    let before = slab()?;
+    for round in 0..rounds {
+        let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
+        // The VM's process is the one of its first vCPU.
+        let vcpu = in_same_memory(|| vm.create_vcpu(0))?.context("KVM_CREATE_VCPU")?;
+        let heirs = [Heir::start()?, Heir::start()?];
+        ioctl::set_policy(&cgroup, Exits::HLT, Exits::ALL)?;
+        ioctl::clear_policy(&cgroup)?;
+        // Not by sysfs: what was looked up there, the kernel remembers for a while.
+        let vms = device.vms()?;
+        let known = [process::id() as i32, heirs[0].pid(), heirs[1].pid()];
+        let pid = vms.first().context("no VM")?.pid as i32;
+        ensure!(known.contains(&pid), "round {round}: {pid}");
+        drop((heirs, vcpu));
+    }
+    drop(here);
+    interface::ensure_no_vms()?;
+    ensure_slab_shrinks_to(&before, rounds / 2)
 }
 
 /// The process that made the first vCPU ends, or executes a program, and another one goes on with its

@@ -47,6 +47,7 @@ use testing::{
     },
     modules::{
         self,
+        Unloaded,
         EXITPOLICY, //
     },
     payload::Payload,
@@ -84,13 +85,14 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
     // What takes a process, or a module, is made fewer times by default: it takes longer.
     let dear = asked.unwrap_or(if few { 3 } else { 25 });
     type Race = fn(Vendor, u64, u64) -> Result<()>;
-    let races: [(&str, Race); 6] = [
+    let races: [(&str, Race); 7] = [
         ("vms_and_policies", vms_and_policies),
         ("vms_and_cgroups", vms_and_cgroups),
         ("vms_and_our_module", vms_and_our_module),
         ("vms_and_vendor_module", vms_and_vendor_module),
         ("changes_and_vcpus", changes_and_vcpus),
         ("all_and_readers", all_and_readers),
+        ("vmms_without_us", vmms_without_us),
     ];
     Ok(races
         .into_iter()
@@ -513,12 +515,20 @@ pub struct Lives {
 impl Lives {
     /// A VMM that runs a guest, adds vCPUs to it, resets it, and then closes it, exits or is killed.
     pub fn one(&self, cgroup: &Cgroup, turn: u64) -> Result<u64> {
+        self.one_that_asks(cgroup, turn, Exits::NONE)
+    }
+
+    /// One that has these exits disabled itself.
+    fn one_that_asks(&self, cgroup: &Cgroup, turn: u64, disabled: Exits) -> Result<u64> {
         let count = |counter: &AtomicU64, number| counter.fetch_add(number, Ordering::Relaxed);
         let halts = Work::new(Payload::Hlt, u32::MAX);
         let mut vmm = Vmm::start(cgroup)?;
         let vm = vmm.create_vm()?;
         // Or else KVM_SET_CPUID2 after a reset fails now and then (Documentation/live.md, "CPUID again").
         vmm.hide_pv_unhalt(vm)?;
+        if disabled != Exits::NONE {
+            vmm.disable_exits(vm, disabled)?;
+        }
         let added = 1 + turn as usize % 3;
         let mut vcpus = Vec::new();
         for index in 0..1 + added {
@@ -759,4 +769,25 @@ fn all_and_readers(_: Vendor, number: u64, dear: u64) -> Result<()> {
         "policies outlive their cgroups"
     );
     ensure_clean(missed)
+}
+
+/// The VMMs of the others, every other one with native HLT, and nobody who changes anything: which of
+/// their guests an emulator loses by itself.
+fn vmms_without_us(_: Vendor, number: u64, dear: u64) -> Result<()> {
+    let _unloaded = Unloaded::new()?;
+    let cgroup = Cgroup::new("own")?;
+    let lives = Lives::default();
+    race(vec![
+        Side::new("VMMs", dear, |turn| {
+            let native = if turn % 2 == 0 {
+                Exits::NONE
+            } else {
+                Exits::HLT
+            };
+            lives.one_that_asks(&cgroup, turn, native)
+        }),
+        Side::new("VMs", number, |_| make_vm()),
+    ])?;
+    lives.tell();
+    Ok(())
 }

@@ -2,7 +2,12 @@
 
 //! The module is loaded on a host where VMs run already.
 
-use std::process::Command;
+use std::{
+    fs,
+    process::Command,
+    sync::Arc,
+    thread, //
+};
 
 use anyhow::{
     ensure,
@@ -10,7 +15,20 @@ use anyhow::{
     Result, //
 };
 use exitpolicy_policy::Exits;
-use nix::unistd::gettid;
+use nix::{
+    sys::{
+        signal::{
+            kill,
+            Signal, //
+        },
+        wait::waitpid, //
+    },
+    unistd::{
+        fork,
+        gettid,
+        ForkResult, //
+    }, //
+};
 use testing::{
     cgroup::Cgroup,
     client::Vmm,
@@ -29,8 +47,13 @@ use testing::{
         EXITPOLICY, //
     },
     payload::Payload,
+    soon,
     uapi::Device,
-    vmm::Work, //
+    vmm::{
+        Irqchip,
+        Vm,
+        Work, //
+    }, //
 };
 
 use super::{
@@ -63,6 +86,10 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
             without_a_vcpu(vendor, other)
         }),
         Test::new("live::loaded::among_others", among_others),
+        Test::new(
+            "live::loaded::behind_a_leader_that_exited",
+            behind_a_leader_that_exited,
+        ),
         Test::new("live::loaded::again_and_again", move || {
             again_and_again(vendor)
         }),
@@ -180,6 +207,55 @@ fn among_others() -> Result<()> {
     // The VMM's, and this process', which has made VMs, too.
     ensure!((1..=2).contains(&tables), "{tables} tables of files");
     vmm.kill()?;
+    interface::ensure_no_vms()
+}
+
+/// Threads share a table of files that is looked at once, also if the first of them has exited.
+fn behind_a_leader_that_exited() -> Result<()> {
+    const THREADS: usize = 20;
+    modules::unload(EXITPOLICY)?;
+    // SAFETY: This process has one thread: the tests run in the main thread, one at a time.
+    let child = match unsafe { fork() }? {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => {
+            let vcpu = Vm::new(Irqchip::Kernel)
+                .map(Arc::new)
+                .and_then(|vm| Ok(vm.create_vcpu(0)?));
+            if let Err(error) = &vcpu {
+                eprintln!("    {error:?}");
+            }
+            for _ in 0..THREADS {
+                thread::spawn(|| loop {
+                    thread::park()
+                });
+            }
+            // SAFETY: Ends this thread, and neither the others nor what belongs to it.
+            unsafe { libc::syscall(libc::SYS_exit, 0) };
+            unreachable!()
+        }
+    };
+    let exited = || -> Result<bool> {
+        let stat = fs::read_to_string(format!("/proc/{child}/stat"))?;
+        Ok(stat
+            .rsplit(')')
+            .next()
+            .is_some_and(|rest| rest.starts_with(" Z")))
+    };
+    let result = (|| {
+        ensure!(soon(exited)?, "the thread does not exit");
+        let image = modules::image()?;
+        let tid = gettid().as_raw();
+        let calls = Calls::of("iterate_fd", &[tid])?;
+        modules::load_image(&image)?;
+        let tables = calls.by(tid)?;
+        ensure!(interface::only_vm()?.adopted, "not found");
+        // That one, and this process', which has made VMs, too.
+        ensure!((1..=2).contains(&tables), "{tables} tables of files");
+        Ok(())
+    })();
+    kill(child, Signal::SIGKILL)?;
+    waitpid(child, None)?;
+    result?;
     interface::ensure_no_vms()
 }
 
