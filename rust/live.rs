@@ -319,7 +319,8 @@ impl Engine {
                         !matches!(vm.progress(kvm, index), Progress::InForce | Progress::InL2);
                     // SAFETY: There is a `kvm` only if the VM is not dying.
                     let vcpu = kvm.and_then(|kvm| unsafe { kvm.vcpu(index as u32) });
-                    if let (true, Some(vcpu)) = (failed && left, vcpu) {
+                    let vcpu = vcpu.filter(|vcpu| failed && left && !vcpu.is_asked());
+                    if let Some(vcpu) = vcpu {
                         vm.ask(index, vcpu);
                     }
                 }

@@ -269,17 +269,23 @@ static int walk_file(const void *data, struct file *file, unsigned int fd)
 void exitpolicy_walk_open_files(exitpolicy_file_fn fn, void *data)
 {
 	struct open_file_walk walk = { .fn = fn, .data = data };
-	const struct files_struct *last = NULL;
+	const struct files_struct *last_files = NULL;
+	const struct mm_struct *last_mm = NULL;
 	struct task_struct *process, *thread;
 	int stop = 0;
 
 	rcu_read_lock();
 	for_each_process_thread(process, thread) {
+		const struct files_struct *files = READ_ONCE(thread->files);
+
 		/*
-		 * Most threads have the files of the one before.  Of no use is
-		 * the leader's pointer: it may have exited before the others.
+		 * Most threads have those of the one before, and the kernel's,
+		 * for a VM, have none.  Of no use is the leader's pointer, as it
+		 * may have exited before the others.  VMs in files that are shared
+		 * by processes are each found in their own one's.
 		 */
-		if (last && thread->files == last)
+		if (!files || (files == last_files &&
+			       READ_ONCE(thread->mm) == last_mm))
 			continue;
 		walk.task = thread;
 		/* Keeps the memory and the table of a task that exits. */
@@ -290,7 +296,8 @@ void exitpolicy_walk_open_files(exitpolicy_file_fn fn, void *data)
 		 * others, who may have many large ones, are of no interest.
 		 */
 		if (thread->mm && mm_has_notifiers(thread->mm)) {
-			last = thread->files;
+			last_files = thread->files;
+			last_mm = thread->mm;
 			stop = iterate_fd(thread->files, 0, walk_file, &walk);
 		}
 		task_unlock(thread);

@@ -64,8 +64,8 @@ struct pid *exitpolicy_pid_get(struct pid *pid);
 /*
  * The memory of a task's process, as an identity, or NULL; and a process that has
  * this memory, with a reference, and its cgroup, or NULL.  Processes share it that
- * clone(2) has made with CLONE_VM.  The latter looks at all threads that there are,
- * under RCU, which keeps the cgroup.
+ * clone(2) has made with CLONE_VM.  The latter looks at all threads that there are;
+ * its caller is under RCU, which keeps the cgroup.
  */
 const void *exitpolicy_task_memory(struct task_struct *task);
 struct pid *exitpolicy_memory_process(const void *mm, struct cgroup **cgrp);

@@ -286,7 +286,7 @@ impl CurrentVmcs {
     /// Ends a native HLT that an exit has interrupted. It is in the VMCS (SDM 28.3.4, "Saving
     /// Non-Register State"), and VM entry would return to it, with HLT exiting or without: KVM
     /// knows nothing of it, and would not wake the vCPU. The guest finds itself behind its HLT, as
-    /// after any interrupt.
+    /// after an NMI, and also if its IF is clear: no more than what each exit does to it on SVM.
     fn leave_hlt(&self) {
         let state = self.read(bindings::vmcs_field_GUEST_ACTIVITY_STATE);
         if state == u64::from(bindings::GUEST_ACTIVITY_HLT) {

@@ -4,8 +4,17 @@
 
 use std::{
     fs,
+    io::{
+        self,
+        Read,
+        Write, //
+    },
+    os::unix::net::UnixStream,
     process::Command,
-    sync::Arc,
+    sync::{
+        atomic::AtomicBool,
+        Arc, //
+    },
     thread, //
 };
 
@@ -15,18 +24,26 @@ use anyhow::{
     Result, //
 };
 use exitpolicy_policy::Exits;
+use libc::{
+    CLONE_FILES,
+    SIGCHLD, //
+};
 use nix::{
     sys::{
         signal::{
             kill,
             Signal, //
         },
-        wait::waitpid, //
+        wait::{
+            waitpid,
+            WaitStatus, //
+        },
     },
     unistd::{
         fork,
         gettid,
-        ForkResult, //
+        ForkResult,
+        Pid, //
     }, //
 };
 use testing::{
@@ -51,6 +68,7 @@ use testing::{
     uapi::Device,
     vmm::{
         Irqchip,
+        Vcpu,
         Vm,
         Work, //
     }, //
@@ -86,6 +104,7 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
             without_a_vcpu(vendor, other)
         }),
         Test::new("live::loaded::among_others", among_others),
+        Test::new("live::loaded::in_shared_files", in_shared_files),
         Test::new(
             "live::loaded::behind_a_leader_that_exited",
             behind_a_leader_that_exited,
@@ -210,7 +229,42 @@ fn among_others() -> Result<()> {
     interface::ensure_no_vms()
 }
 
-/// Threads share a table of files that is looked at once, also if the first of them has exited.
+/// Processes that share their files have VMs of their own there.
+fn in_shared_files() -> Result<()> {
+    modules::unload(EXITPOLICY)?;
+    let own = Arc::new(Vm::new(Irqchip::Kernel)?);
+    let vcpu = own.create_vcpu(0)?;
+    let (mut here, mut there) = UnixStream::pair()?;
+    // SAFETY: As fork(2), but for the files: this process has one thread, as the tests run in the main
+    // thread, one at a time.
+    let child = unsafe { libc::syscall(libc::SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0) };
+    if child == 0 {
+        let mut live = || -> Result<()> {
+            let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
+            let _vcpu = vm.create_vcpu(0)?;
+            there.write_all(b"1")?;
+            // Until nobody needs it; to close it is for us to do.
+            there.read_exact(&mut [0])?;
+            Ok(())
+        };
+        let status = live().is_err().into();
+        // SAFETY: Ends the process without running what belongs to the parent.
+        unsafe { libc::_exit(status) };
+    }
+    ensure!(child > 0, "clone: {}", io::Error::last_os_error());
+    here.read_exact(&mut [0])?;
+    modules::load(EXITPOLICY)?;
+    let vms = ioctl::vms()?;
+    here.write_all(b"1")?;
+    let status = waitpid(Pid::from_raw(child as i32), None)?;
+    ensure!(matches!(status, WaitStatus::Exited(_, 0)), "{status:?}");
+    ensure!(vms.len() == 2 && vms.iter().all(|vm| vm.adopted), "{vms:?}");
+    drop((vcpu, own));
+    interface::ensure_no_vms()
+}
+
+/// Threads share a table of files that is looked at once, also if the first of them has exited, and
+/// whatever threads the kernel has made among them for a VM that has run.
 fn behind_a_leader_that_exited() -> Result<()> {
     const THREADS: usize = 20;
     modules::unload(EXITPOLICY)?;
@@ -218,17 +272,27 @@ fn behind_a_leader_that_exited() -> Result<()> {
     let child = match unsafe { fork() }? {
         ForkResult::Parent { child } => child,
         ForkResult::Child => {
-            let vcpu = Vm::new(Irqchip::Kernel)
-                .map(Arc::new)
-                .and_then(|vm| Ok(vm.create_vcpu(0)?));
-            if let Err(error) = &vcpu {
+            let some_threads = || -> Result<()> {
+                for _ in 0..THREADS / 2 {
+                    thread::Builder::new().spawn(|| loop {
+                        thread::park()
+                    })?;
+                }
+                Ok(())
+            };
+            let live = || -> Result<Vcpu> {
+                some_threads()?;
+                let vm = Arc::new(Vm::new(Irqchip::Kernel)?);
+                let mut vcpu = vm.create_vcpu(0)?;
+                vcpu.run(Work::new(Payload::Hlt, 1), &AtomicBool::new(false))?;
+                some_threads()?;
+                Ok(vcpu)
+            };
+            let _vcpu = live().unwrap_or_else(|error| {
                 eprintln!("    {error:?}");
-            }
-            for _ in 0..THREADS {
-                thread::spawn(|| loop {
-                    thread::park()
-                });
-            }
+                // SAFETY: Ends the process without running what belongs to the parent.
+                unsafe { libc::_exit(1) }
+            });
             // SAFETY: Ends this thread, and neither the others nor what belongs to it.
             unsafe { libc::syscall(libc::SYS_exit, 0) };
             unreachable!()
