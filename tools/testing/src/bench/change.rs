@@ -120,8 +120,12 @@ impl Rig {
         let vcpus = (0..vcpus)
             .map(|index| {
                 let vcpu = vmm.create_vcpu(vm, index)?;
-                let cpu = if cpus > 1 { 1 + index % (cpus - 1) } else { 0 };
-                vmm.pin(vcpu, cpu)?;
+                let cpu = if cpus.len() > 1 {
+                    1 + index % (cpus.len() - 1)
+                } else {
+                    0
+                };
+                vmm.pin(vcpu, cpus[cpu])?;
                 Ok(vcpu)
             })
             .collect::<Result<Vec<_>>>()?;
@@ -255,7 +259,7 @@ fn figures(state: State, vcpus: usize, count: u32) -> Result<Vec<Figure>> {
 
 /// VMs of so many vCPUs, in every state, `count` changes each.
 pub fn measure(vcpus: &[usize], count: u32) -> Result<Vec<Figure>> {
-    pin(0)?;
+    pin(cpus()?[0])?;
     let mut all = Vec::new();
     for state in State::ALL {
         for vcpus in vcpus {

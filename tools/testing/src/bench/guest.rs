@@ -161,7 +161,7 @@ fn of_runs(name: &str, case: &str, runs: &[Run]) -> Result<Vec<Figure>> {
 /// Keeps threads on the host's last CPU.
 fn pin(tids: &[i32]) -> Result<()> {
     let mut set = CpuSet::new();
-    set.set(cpus()? - 1)?;
+    set.set(*cpus()?.last().context("no CPU")?)?;
     for tid in tids {
         sched_setaffinity(Pid::from_raw(*tid), &set)?;
     }

@@ -21,7 +21,8 @@ use std::{
     collections::BTreeMap,
     fmt::Write,
     fs,
-    path::Path, //
+    path::Path,
+    sync::OnceLock, //
 };
 
 use anyhow::{
@@ -36,9 +37,12 @@ use figures::{
     Machine,
     Unit, //
 };
-use nix::unistd::{
-    sysconf,
-    SysconfVar, //
+use nix::{
+    sched::{
+        sched_getaffinity,
+        CpuSet, //
+    },
+    unistd::Pid, //
 };
 
 use crate::{
@@ -84,7 +88,7 @@ pub fn tsc() -> i64 {
 pub fn unit() -> Result<Unit> {
     let dmi = |file: &str| fs::read_to_string(Path::new("/sys/class/dmi/id").join(file));
     if dmi("bios_vendor").is_ok_and(|vendor| vendor.to_lowercase().contains("bochs")) {
-        return Ok(if cpus()? == 1 {
+        return Ok(if cpus()?.len() == 1 {
             Unit::Instructions
         } else {
             Unit::Ticks
@@ -99,23 +103,27 @@ pub fn unit() -> Result<Unit> {
 }
 
 /// Whether the CPUs are what QEMU makes of a machine without KVM.
-fn is_qemus_emulator() -> bool {
+pub fn is_qemus_emulator() -> bool {
     // SAFETY: Every CPU with VMX or SVM has CPUID.
     let leaf = unsafe { __cpuid(0x4000_0000) };
     let signature = [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes);
     signature.concat().starts_with(b"TCGTCGTCGTCG")
 }
 
-/// How many CPUs there are.
-pub fn cpus() -> Result<usize> {
-    Ok(sysconf(SysconfVar::_NPROCESSORS_ONLN)?
-        .context("no number of CPUs")?
-        .try_into()?)
+/// The CPUs that this thread may use, or might when it asked first: it may have chosen among them.
+pub fn cpus() -> Result<&'static [usize]> {
+    static CPUS: OnceLock<Vec<usize>> = OnceLock::new();
+    if let Some(cpus) = CPUS.get() {
+        return Ok(cpus);
+    }
+    let set = sched_getaffinity(Pid::from_raw(0))?;
+    let cpus = (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu) == Ok(true));
+    Ok(CPUS.get_or_init(|| cpus.collect()))
 }
 
 /// Why something that takes so many vCPUs at a time is not to be measured here, if it is not.
 fn why_not_here(vcpus: usize) -> Result<Option<String>> {
-    Ok(if vcpus > cpus()? {
+    Ok(if vcpus > cpus()?.len() {
         Some(format!("it takes {vcpus} CPUs"))
     } else if vcpus == 1 && unit()? == Unit::Ticks {
         Some("a host with one CPU counts it exactly".to_string())
@@ -143,7 +151,7 @@ pub fn machine(emulator: &str) -> Result<Machine> {
             "none".to_string()
         },
         cpu: cpu.context("no model name in /proc/cpuinfo")?.1.to_string(),
-        cpus: cpus()?,
+        cpus: cpus()?.len(),
         vendor: Vendor::of_host()?.name().to_string(),
         tsc_khz: rig.tsc_khz()?,
         module: module()?,
@@ -231,7 +239,7 @@ impl Rig {
         let vcpus = (0..vcpus)
             .map(|index| {
                 let vcpu = vmm.create_vcpu(vm, index)?;
-                vmm.pin(vcpu, (index + 1) % cpus)?;
+                vmm.pin(vcpu, cpus[(index + 1) % cpus.len()])?;
                 Ok(vcpu)
             })
             .collect::<Result<_>>()?;
