@@ -13,7 +13,6 @@ pub mod kernel_log;
 pub mod modules;
 pub mod nested;
 pub mod payload;
-pub mod resets;
 pub mod selftests;
 pub mod server;
 pub mod stats;

@@ -101,16 +101,12 @@ use crate::{
         KVM_FEATURE_PV_UNHALT,
         TIMER_VECTOR, //
     },
-    resets,
     stats,
     timed::{
         self,
         Words, //
     }, //
 };
-
-/// Where a vCPU begins that was reset (SDM volume 3, "Processor State After Reset").
-const RESET_RIP: u64 = 0xfff0;
 
 /// The size of a guest's memory: the one large page that its page tables map.
 const MEMORY: usize = 2 << 20;
@@ -940,12 +936,10 @@ impl Vcpu {
                 }
                 Ok(exit) => {
                     let exit = format!("{exit:?}");
-                    let regs = self.fd.get_regs()?;
-                    let what = format!("the guest left KVM by {exit} at {:#x}", regs.rip);
-                    if exit == "Shutdown" && regs.rip == RESET_RIP {
-                        resets::note(&what);
-                    }
-                    bail!(what);
+                    bail!(
+                        "the guest left KVM by {exit} at {:#x}",
+                        self.fd.get_regs()?.rip
+                    );
                 }
                 Err(error) if error.errno() == libc::EINTR => {
                     if give_up.load(Ordering::Acquire) {

@@ -23,6 +23,10 @@ use libtest_mimic::{
     Trial, //
 };
 use testing::{
+    bench::{
+        cpus,
+        is_qemus_emulator, //
+    },
     client::SERVE,
     exits::Vendor,
     faults::{
@@ -39,7 +43,6 @@ use testing::{
         self,
         EXITPOLICY, //
     },
-    resets,
     server,
     uapi::Device, //
 };
@@ -101,20 +104,7 @@ impl Test {
         let Self {
             name, body, stock, ..
         } = self;
-        let run = move || {
-            resets::forget();
-            let result = run(stock, &body).and_then(|outcome| match (outcome, emulators_reset()) {
-                (Err(error), Some(reset)) => {
-                    // At the beginning of a line, where `run` looks for it.
-                    eprintln!(
-                        "\n    REPEATED, as the emulator has reset a guest: {reset}: {error:#}"
-                    );
-                    run(stock, &body)?
-                }
-                (outcome, _) => outcome,
-            });
-            result.map_err(|error| Failed::from(format!("{error:?}")))
-        };
+        let run = move || run(stock, &body).map_err(|error| Failed::from(format!("{error:?}")));
         Trial::test(name, run).with_ignored_flag(self.ignored)
     }
 }
@@ -140,23 +130,8 @@ fn ensure_no_complaint() -> Result<()> {
     Ok(())
 }
 
-/// By the name of the CPU: kernels of the lab's own have no DMI in sysfs.
-fn is_qemu() -> bool {
-    let cpus = fs::read_to_string("/proc/cpuinfo");
-    cpus.is_ok_and(|cpus| cpus.contains("QEMU TCG CPU"))
-}
-
-/// QEMU's SVM resets a guest now and then, also with KVM as it is (tools/lab/README.md). No guest of
-/// ours does that by itself. Says so if it was so since the last call.
-fn emulators_reset() -> Option<String> {
-    let noted = resets::noted().filter(|_| is_qemu());
-    resets::forget();
-    noted
-}
-
-/// Runs one test in clean surroundings. Gives what came of it, unless the kernel complained, which
-/// no second try undoes.
-fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<Result<()>> {
+/// Runs one test in clean surroundings.
+fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<()> {
     ensure_no_complaint().context("before the test")?;
     ensure_lockdep_looks().context("before the test")?;
     if !stock {
@@ -179,10 +154,17 @@ fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<Result<()>> {
         result = result.and(Err(anyhow!("cgroups are left: {left:?}")));
     }
     match (ensure_no_complaint(), result) {
-        (Ok(()), result) => Ok(result),
+        (Ok(()), result) => result,
         (Err(complaint), Ok(())) => Err(complaint),
         (Err(complaint), Err(other)) => Err(complaint.context(format!("{other:?}"))),
     }
+}
+
+/// QEMU loses guests there, and more (tools/lab/README.md).
+fn first_cpu_runs_no_guest() -> Result<()> {
+    let cpus = cpus()?;
+    ensure!(!cpus.is_empty() && !cpus.contains(&0), "on CPUs {cpus:?}");
+    Ok(())
 }
 
 /// Whether this is one of those hosts, known by their little memory, whose emulator needs minutes
@@ -222,8 +204,12 @@ fn tests() -> Result<Vec<Test>> {
     modules::load(vendor.module())?;
     // The host was booted, and the modules loaded, before any test looked at the log.
     let boot = Test::new("boot::kernel_log", whole_log);
+    let first_cpu = Test::new("boot::qemus_first_cpu", first_cpu_runs_no_guest);
     let tests = [
-        vec![boot.stock()],
+        vec![
+            boot.stock(),
+            first_cpu.stock().ignored(!is_qemus_emulator()),
+        ],
         stock::tests(vendor)?,
         matrix::tests(vendor)?,
         placement::tests(vendor)?,
@@ -254,7 +240,7 @@ fn tests() -> Result<Vec<Test>> {
     Ok(tests.into_iter().flatten().collect())
 }
 
-/// In the environment: the name of the first test to run, where a host before this one hung.
+/// In the environment: the name of the first test to run, where a run before this one was stopped.
 const FROM: &str = "EXITPOLICY_FROM";
 
 /// Those from that name on.
@@ -289,7 +275,6 @@ fn main() -> ExitCode {
             }
         };
     }
-    resets::note_in(Path::new("/run/exitpolicy-resets"));
     let mut arguments = Arguments::from_args();
     // One cgroup hierarchy, one module, one kernel log: one test at a time.
     arguments.test_threads = Some(1);

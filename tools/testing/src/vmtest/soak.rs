@@ -52,7 +52,6 @@ use testing::{
         EXITPOLICY, //
     },
     pause,
-    resets,
     uapi::Device, //
 };
 
@@ -61,7 +60,6 @@ use crate::{
         ensure_slab_shrinks_to,
         slab, //
     },
-    emulators_reset,
     live::torture::{
         self,
         Shape,
@@ -94,9 +92,6 @@ const MOST_GROWN: u64 = 1_000;
 const LOOKS: usize = 10;
 const MOST_LOOKS: usize = 200;
 
-/// In so many minutes the emulator may reset one guest.
-const MINUTES_A_RESET: u64 = 10;
-
 /// What all have done so far.
 #[derive(Default)]
 struct Done {
@@ -105,8 +100,6 @@ struct Done {
     wakeups: AtomicU64,
     cgroups: AtomicU64,
     reads: AtomicU64,
-    /// Guests that the emulator has reset.
-    resets: AtomicU64,
 }
 
 /// What those who do it share.
@@ -146,19 +139,9 @@ impl Shared {
         })
     }
 
-    /// What a guest failed in that the emulator has reset is not the module's fault, but counts.
-    fn unless_reset(&self, result: Result<()>) -> Result<()> {
-        // Whose guest it was does not matter: it comes as an error to who has it.
-        if result.is_err() && emulators_reset().is_some() {
-            self.done.resets.fetch_add(1, Relaxed);
-            return Ok(());
-        }
-        result
-    }
-
-    /// A guest that sleeps and wakes under changes; another one when the emulator has reset it.
+    /// A guest that sleeps and wakes under changes.
     fn sleep_and_wake(&self, vendor: Vendor, cgroup: &Cgroup) -> Result<()> {
-        let sleep_and_wake = || {
+        self.repeat("wake-ups", |_| {
             let mut rig = torture::rig(vendor, cgroup, Shape::PAIRS, false)?;
             let mut torture = Torture::new(&rig, false)?;
             while !self.ended.load(Relaxed) {
@@ -168,15 +151,13 @@ impl Shared {
                 self.done.wakeups.fetch_add(wakeups, Relaxed);
             }
             rig.stop()
-        };
-        self.repeat("wake-ups", |_| self.unless_reset(sleep_and_wake()))
+        })
     }
 }
 
 /// Does so for some minutes.
 pub fn soak(minutes: u64) -> Result<()> {
     let vendor = Vendor::of_host()?;
-    resets::note_in(Path::new("/run/exitpolicy-resets"));
     modules::load_both()?;
     interface::ensure_empty().context("before the soak")?;
     let leaks = Path::new(KMEMLEAK).exists();
@@ -210,8 +191,8 @@ pub fn soak(minutes: u64) -> Result<()> {
             }),
             scope.spawn(|| {
                 shared.repeat_at_work("VMMs", |turn| {
-                    let lived = lives.one(&run, turn).map(|vms| add(&done.vms, vms));
-                    shared.unless_reset(lived)
+                    add(&done.vms, lives.one(&run, turn)?);
+                    Ok(())
                 })
             }),
             scope.spawn(|| {
@@ -326,7 +307,6 @@ fn tell(
     let mut first = None;
     let heads = [
         "minute", "VMs", "changes", "wake-ups", "cgroups", "reads", "missed", "objects", "leaks",
-        "resets",
     ];
     println!("{}", heads.map(|head| format!("{head:>9}")).concat());
     let start = Instant::now();
@@ -339,7 +319,6 @@ fn tell(
         let info = device.info()?;
         let objects = objects_at_rest(shared, first.as_ref())?;
         let (grown, cache) = growth(first.get_or_insert_with(|| objects.clone()), &objects);
-        let resets = done.resets.load(Relaxed);
         let numbers = [
             minute,
             done.vms.load(Relaxed),
@@ -350,7 +329,6 @@ fn tell(
             info.missed - missed,
             objects.values().sum(),
             grown,
-            resets,
         ];
         println!("{}", numbers.map(|number| format!("{number:>9}")).concat());
         ensure_quiet(log)?;
@@ -360,10 +338,6 @@ fn tell(
             info.missed - missed
         );
         ensure!(grown <= MOST_GROWN, "memory is lost, most of it in {cache}");
-        ensure!(
-            resets <= minutes.div_ceil(MINUTES_A_RESET),
-            "{resets} guests were reset"
-        );
     }
     first.context("no time at all")
 }
