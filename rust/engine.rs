@@ -214,30 +214,37 @@ impl Engine {
             .vms
             .id_of(vm.key())
             .filter(|id| self.is_earlier_try(vm, *id));
-        let earlier = known.and_then(|id| self.vms.with(id, |vm, _| (vm.requested, vm.flags)));
-        let requested = match earlier {
+        let earlier = known.and_then(|id| {
+            self.vms
+                .with(id, |vm, _| (vm.requested, vm.flags, vm.disable))
+        });
+        let (requested, disable) = match earlier {
             // What is there now and was not put there by us, KVM_ENABLE_CAP has added since.
-            Some((requested, written)) => requested | (current & !written),
-            None => current & !facts.floor,
+            Some((requested, written, disable)) => (requested | (current & !written), disable),
+            None => (current & !facts.floor, None),
         };
 
         let task = kernel::current!();
         let generation = self.generation.load(Acquire);
-        let overridable = self.enabled();
+        let mut overridable = self.enabled();
         let (cgroup, resolved) = self.policies_of_task(task);
         let mut resolved = if overridable {
             resolved
         } else {
             Resolved::UNRESTRICTED
         };
-        let mut decision = resolved.decide(facts.floor, requested, facts.supported);
+        let mut decision = resolved.overridden(disable.filter(|_| overridable)).decide(
+            facts.floor,
+            requested,
+            facts.supported,
+        );
         let home = facts.floor | requested;
         let mut hold = None;
         if decision.effective != home {
             hold = hold_module();
             if hold.is_none() {
                 // The module is being unloaded, and nothing is to be left behind.
-                resolved = Resolved::UNRESTRICTED;
+                (resolved, overridable) = (Resolved::UNRESTRICTED, false);
                 decision = resolved.decide(facts.floor, requested, facts.supported);
             }
         }
@@ -252,6 +259,8 @@ impl Engine {
                     vm.decision = decision;
                     vm.flags = decision.effective;
                     vm.keep = home & decision.effective;
+                    // The override has changed meanwhile.
+                    vm.stale |= vm.disable != disable;
                     if let Some(kvm) = kvm {
                         vm.account(kvm);
                     }

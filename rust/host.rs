@@ -71,12 +71,8 @@ impl Host {
             let Some(image) = build_id::find(vendor.module())? else {
                 continue;
             };
-            // Before anything is hooked: a hook reads structures.
-            build_id::check(vendor.module(), image)?;
-            let kvm_image = build_id::find(c"kvm")?.unwrap_or(image);
-            build_id::check(c"kvm", kvm_image)?;
             // Before the lock: opening it may load a module, whose notifier wants the lock. While
-            // it is open, the vendor module stays.
+            // it is open, the vendor module stays, and KVM with it.
             let kvm = match DevKvm::open() {
                 Ok(kvm) => kvm,
                 // What is built in need not have found its CPU.
@@ -90,6 +86,10 @@ impl Host {
                     return Err(error);
                 }
             };
+            // Of what stays, and before anything is hooked: a hook reads structures.
+            build_id::check(vendor.module(), image)?;
+            let kvm_image = build_id::find(c"kvm")?.unwrap_or(image);
+            build_id::check(c"kvm", kvm_image)?;
             if self.attach_to(vendor, &kvm)? {
                 return Ok(());
             }

@@ -349,7 +349,8 @@ impl Engine {
     pub(crate) fn wants_quiet(&self) -> bool {
         let mut any = false;
         self.vms.for_each(|id| {
-            any |= self.vms.with(id, |vm, _| vm.wants_quiet) == Some(true);
+            // Not one that is dying, which can take long, and gets no flags any more.
+            any |= self.vms.with(id, |vm, kvm| vm.wants_quiet && kvm.is_some()) == Some(true);
         });
         any
     }

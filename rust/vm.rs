@@ -302,6 +302,8 @@ impl Vm {
         // of memory, may need any of them.
         let online = kvm.online_vcpus() as usize;
         if online == 0 || !self.knows_all_of(kvm) {
+            // Nor can a moment without anybody help; once all are known, this is called again.
+            self.wants_quiet = false;
             return;
         }
         let bits = kvm.disabled_exits();

@@ -102,6 +102,9 @@ pub fn tests(vendor: Vendor) -> Result<Vec<Test>> {
         Test::new("placement::first_vcpu_fails", move || {
             first_vcpu_fails(vendor, other)
         }),
+        Test::new("placement::override_between_two_tries", move || {
+            override_between_two_tries(vendor)
+        }),
         Test::new("placement::policy_goes_between_two_tries", move || {
             policy_goes_between_two_tries(vendor, other)
         }),
@@ -426,6 +429,23 @@ fn first_vcpu_fails(vendor: Vendor, other: Exits) -> Result<()> {
         view.requested == other && view.effective == effective && view.clamped.is_empty(),
         "{view:?}"
     );
+    check_hlt(vendor, &mut vmm, vcpu, effective)
+}
+
+/// An override of a VM that has no vCPU yet is a part of the next decision.
+fn override_between_two_tries(vendor: Vendor) -> Result<()> {
+    let floor = floor(vendor)?;
+    let cgroup = Cgroup::new("own")?;
+    let mut vmm = Vmm::start(&cgroup)?;
+    let vm = vmm.create_vm()?;
+    let vcpu = vmm.thread()?;
+    let errno = vmm.fail_to_create_vcpu(vcpu, vm, 0)?;
+    ensure!(errno == libc::EMFILE, "KVM_CREATE_VCPU: errno {errno}");
+    ioctl::set_override(interface::only_vm()?.id, None, Exits::HLT)?;
+    vmm.create_vcpus(&[(vcpu, vm, 0)])?;
+    let view = interface::only_vm()?;
+    let effective = floor | Exits::HLT;
+    ensure!(view.effective == effective, "{view:?}");
     check_hlt(vendor, &mut vmm, vcpu, effective)
 }
 
