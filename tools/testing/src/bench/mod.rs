@@ -103,7 +103,7 @@ pub fn unit() -> Result<Unit> {
 }
 
 /// Whether the CPUs are what QEMU makes of a machine without KVM.
-pub fn is_qemus_emulator() -> bool {
+fn is_qemus_emulator() -> bool {
     // SAFETY: Every CPU with VMX or SVM has CPUID.
     let leaf = unsafe { __cpuid(0x4000_0000) };
     let signature = [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes);

@@ -23,10 +23,6 @@ use libtest_mimic::{
     Trial, //
 };
 use testing::{
-    bench::{
-        cpus,
-        is_qemus_emulator, //
-    },
     client::SERVE,
     exits::Vendor,
     faults::{
@@ -160,13 +156,6 @@ fn run(stock: bool, body: impl Fn() -> Result<()>) -> Result<()> {
     }
 }
 
-/// QEMU loses guests there, and more (tools/lab/README.md).
-fn first_cpu_runs_no_guest() -> Result<()> {
-    let cpus = cpus()?;
-    ensure!(!cpus.is_empty() && !cpus.contains(&0), "on CPUs {cpus:?}");
-    Ok(())
-}
-
 /// Whether this is one of those hosts, known by their little memory, whose emulator needs minutes
 /// for what QEMU does in seconds.
 fn is_slow_host() -> Result<bool> {
@@ -204,12 +193,8 @@ fn tests() -> Result<Vec<Test>> {
     modules::load(vendor.module())?;
     // The host was booted, and the modules loaded, before any test looked at the log.
     let boot = Test::new("boot::kernel_log", whole_log);
-    let first_cpu = Test::new("boot::qemus_first_cpu", first_cpu_runs_no_guest);
     let tests = [
-        vec![
-            boot.stock(),
-            first_cpu.stock().ignored(!is_qemus_emulator()),
-        ],
+        vec![boot.stock()],
         stock::tests(vendor)?,
         matrix::tests(vendor)?,
         placement::tests(vendor)?,
